@@ -1,0 +1,1 @@
+//! The fleet: back ends, scheduling, memory, mailboxes and ports.
