@@ -1,1 +1,6 @@
 //! The fleet: back ends, scheduling, memory, mailboxes and ports.
+
+pub mod abi;
+pub mod backend;
+pub mod mailbox;
+pub mod net;

@@ -1,0 +1,58 @@
+//! What a back end offers to the fleet. The fleet knows no more of a machine than this.
+
+use crate::abi::{SliceRequest, SliceResult};
+use crate::mailbox::MailboxRef;
+
+/// One VM's turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Slice {
+    /// VM number.
+    pub vm: u32,
+    /// What to run.
+    pub request: SliceRequest,
+}
+
+/// Runs slices. One engine per worker thread: a core for the CPU back end, a device for a GPU.
+pub trait Engine: Send {
+    /// The most slices that one call of [`Engine::run`] takes: 1 on a core, the whole fleet on a GPU.
+    fn batch(&self) -> usize;
+
+    /// Runs the slices, each of another VM, and appends one result per slice, in order.
+    ///
+    /// No VM may be in two engines at once: the scheduler sees to that.
+    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError>;
+}
+
+/// The machine itself failed (a device error, not a guest's doing).
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct EngineError(pub String);
+
+/// Memory in use, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Frames that all VMs share: kernel image, initrd, device tree, zeroes.
+    pub shared_bytes: u64,
+    /// Frames that belong to one VM each.
+    pub private_bytes: u64,
+    /// Everything else a VM costs: hart and device state, frame tables, mailboxes, decoded instructions.
+    pub overhead_bytes: u64,
+}
+
+/// A fleet's worth of machines in one back end.
+pub trait Machines: Send + Sync {
+    /// `cpu` or `cuda`.
+    fn backend(&self) -> &'static str;
+    /// The engine's name for reports: `threaded`, `w`, `l8`, ...
+    fn engine(&self) -> String;
+    /// Number of VMs; they are numbered from 0.
+    fn vms(&self) -> u32;
+    /// One engine for each worker. Called once.
+    fn engines(&self) -> Vec<Box<dyn Engine>>;
+    /// The mailbox of a VM.
+    fn mailbox(&self, vm: u32) -> MailboxRef<'_>;
+    /// Memory in use now.
+    fn memory(&self) -> MemoryUse;
+    /// Puts a VM back to its state before the first instruction. The VM must not be in an engine.
+    fn reset(&self, vm: u32) -> Result<(), EngineError>;
+}
