@@ -3,4 +3,5 @@
 pub mod abi;
 pub mod backend;
 pub mod mailbox;
+pub mod memory;
 pub mod net;
