@@ -2,5 +2,9 @@
 
 pub mod abi;
 pub mod backend;
+pub mod console;
+pub mod fleet;
+pub mod guest;
 pub mod mailbox;
 pub mod net;
+pub mod report;
