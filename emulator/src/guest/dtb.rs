@@ -86,7 +86,7 @@ const DEVICES: [Device; 4] = [
 
 /// Reads and checks a device tree.
 pub fn read(blob: &[u8]) -> Result<Tree, DtbError> {
-    check_header(blob)?;
+    check_structure(blob)?;
     let fdt = Fdt::new(blob).map_err(|error| DtbError::Broken(error.to_string()))?;
     let memory = fdt
         .all_nodes()
@@ -120,26 +120,71 @@ impl Tree {
     }
 }
 
-/// The parser trusts the header's offsets; a damaged file must not get that far.
-fn check_header(blob: &[u8]) -> Result<(), DtbError> {
-    let word = |n: usize| -> Option<u64> {
-        let bytes = blob.get(4 * n..4 * n + 4)?;
-        Some(u64::from(u32::from_be_bytes(bytes.try_into().ok()?)))
+/// The parser trusts the file; a damaged one must not get that far. Walks all nodes and properties.
+fn check_structure(blob: &[u8]) -> Result<(), DtbError> {
+    let word = |at: usize| -> Option<usize> {
+        Some(u32::from_be_bytes(blob.get(at..at.checked_add(4)?)?.try_into().ok()?) as usize)
     };
     let broken = |what: &str| DtbError::Broken(what.to_owned());
     if word(0) != Some(0xd00d_feed) {
         return Err(broken("the magic number is missing"));
     }
-    let total = word(1).filter(|total| *total <= blob.len() as u64);
+    let total = word(4).filter(|total| *total <= blob.len());
     let total = total.ok_or_else(|| broken("the file is shorter than its header says"))?;
-    // Offset and length of the structure block, then of the strings block.
-    for (offset, length) in [(word(2), word(9)), (word(3), word(8))] {
-        let end = offset.zip(length).map(|(offset, length)| offset + length);
-        if end.is_none_or(|end| end > total) {
-            return Err(broken("a block lies outside the file"));
+    let block = |offset: usize, length: usize| {
+        let (from, len) = (word(offset)?, word(length)?);
+        blob[..total].get(from..from.checked_add(len)?)
+    };
+    let outside = || broken("a block lies outside the file");
+    let nodes = block(8, 36).ok_or_else(outside)?;
+    let strings = block(12, 32).ok_or_else(outside)?;
+    walk(nodes, strings).ok_or_else(|| broken("its nodes are damaged"))?;
+    // Reserved ranges: pairs of 64-bit numbers up to a pair of zeroes.
+    let reserved = word(16).and_then(|at| blob[..total].get(at..)).ok_or_else(outside)?;
+    let ends = reserved.chunks_exact(16).any(|pair| pair.iter().all(|byte| *byte == 0));
+    if ends { Ok(()) } else { Err(outside()) }
+}
+
+/// Walks a structure block; none if it is malformed (Devicetree Specification 0.4, 5.4).
+fn walk(nodes: &[u8], strings: &[u8]) -> Option<()> {
+    let word = |at: usize| Some(u32::from_be_bytes(nodes.get(at..at + 4)?.try_into().ok()?));
+    let text = |bytes: &[u8]| {
+        let len = bytes.iter().position(|byte| *byte == 0)?;
+        std::str::from_utf8(&bytes[..len]).ok().map(str::len)
+    };
+    let (mut at, mut depth) = (0usize, 0u32);
+    loop {
+        let token = word(at)?;
+        at += 4;
+        match token {
+            // A node begins. There is one root.
+            1 if depth > 0 || at == 4 => {
+                at += text(nodes.get(at..)?)? + 1;
+                depth += 1;
+            }
+            // A node ends.
+            2 => depth = depth.checked_sub(1)?,
+            // A property: length, offset of its name, value.
+            3 if depth > 0 => {
+                let (len, name) = (word(at)? as usize, word(at + 4)? as usize);
+                let name = strings.get(name..)?;
+                let name = &name[..text(name)?];
+                at += 8;
+                nodes.get(at..at.checked_add(len)?)?;
+                let counts = [&b"#address-cells"[..], b"#size-cells", b"phandle", b"interrupt-parent"];
+                if counts.contains(&name) && len != 4 {
+                    return None;
+                }
+                at += len;
+            }
+            // Nothing.
+            4 => {}
+            // The end.
+            9 if depth == 0 && at > 4 => return Some(()),
+            _ => return None,
         }
+        at = at.next_multiple_of(4);
     }
-    Ok(())
 }
 
 fn ram(blob: &[u8], memory: FdtNode<'_, '_>) -> Result<(u64, (usize, usize)), DtbError> {
