@@ -34,7 +34,7 @@ fn no_frame_and_no_wake_up_is_lost_between_two_ends() {
     // A bridge that sends numbered frames to VMs which send them back, as fast as both can.
     const VMS: u32 = 6;
     const FRAMES: u32 = 4000;
-    let machines = Fake::new(VMS, 3, |vm| {
+    let machines = Fake::machines(VMS, 3, |vm| {
         let mut held: Option<Vec<u8>> = None;
         boots(vm, 1, move |port, _| {
             loop {
@@ -80,13 +80,13 @@ fn no_frame_and_no_wake_up_is_lost_between_two_ends() {
             woken.recv_timeout(Duration::from_secs(10)).expect("the fleet called");
         }
     }
-    assert_eq!(fleet.totals().counters.rx_frames, u64::from(VMS * FRAMES));
+    until("all are counted", || fleet.totals().counters.rx_frames == u64::from(VMS * FRAMES));
     until("all sleep", || (0..VMS).all(|vm| fleet.status(vm).activity == Activity::Sleeping));
 }
 
 #[test]
 fn a_guest_whose_frames_nobody_takes_waits_without_spinning() {
-    let machines = Fake::new(1, 1, |vm| {
+    let machines = Fake::machines(1, 1, |vm| {
         boots(vm, 1, |port, _| {
             while port.send(b"frame") {}
             EXIT_DRAIN
@@ -104,7 +104,7 @@ fn a_guest_whose_frames_nobody_takes_waits_without_spinning() {
 
 #[test]
 fn without_a_bridge_frames_are_dropped_and_counted() {
-    let machines = Fake::new(1, 1, |vm| {
+    let machines = Fake::machines(1, 1, |vm| {
         let mut left = 100;
         boots(vm, 1, move |port, _| {
             while left > 0 {
@@ -123,7 +123,7 @@ fn without_a_bridge_frames_are_dropped_and_counted() {
 #[test]
 fn room_in_a_full_mailbox_is_told() {
     // The guest takes frames only when it is told to.
-    let machines = Fake::new(1, 1, |vm| {
+    let machines = Fake::machines(1, 1, |vm| {
         boots(vm, 1, |port, _| {
             if port.read().is_some() {
                 port.receive();
@@ -155,7 +155,7 @@ fn room_in_a_full_mailbox_is_told() {
 
 #[test]
 fn more_console_input_than_fits_comes_in_order() {
-    let machines = Fake::new(1, 2, |vm| boots(vm, 1, echo));
+    let machines = Fake::machines(1, 2, |vm| boots(vm, 1, echo));
     let fleet = start(&machines, config());
     let listener = fleet.subscribe(0);
     until_ready(&fleet);
@@ -178,7 +178,7 @@ fn more_console_input_than_fits_comes_in_order() {
 
 #[test]
 fn a_guest_that_reads_nothing_holds_its_typist_only() {
-    let machines = Fake::new(2, 1, |vm| match vm {
+    let machines = Fake::machines(2, 1, |vm| match vm {
         0 => boots(vm, 1, |port, _| port.sleep_until(u64::MAX)),
         _ => boots(vm, 1, echo),
     });
@@ -202,7 +202,7 @@ fn a_guest_that_reads_nothing_holds_its_typist_only() {
 #[test]
 fn logs_hold_what_was_printed_raw() {
     let folder = tempfile::tempdir().unwrap();
-    let machines = Fake::new(3, 2, |vm| {
+    let machines = Fake::machines(3, 2, |vm| {
         let mut text: Vec<u8> = (0..500).flat_map(|n| format!("\x1b[1m{vm} {n:03}\n").into_bytes()).collect();
         boots(vm, 1, move |port, _| {
             let printed = port.print(&text);

@@ -13,7 +13,7 @@ use support::*;
 #[test]
 fn all_vms_become_ready_and_then_cost_nothing() {
     let machines =
-        Fake::new(50, 3, |vm| boots(vm, 5 + u64::from(vm % 7), |port, _| port.sleep_until(u64::MAX)));
+        Fake::machines(50, 3, |vm| boots(vm, 5 + u64::from(vm % 7), |port, _| port.sleep_until(u64::MAX)));
     let fleet = start(&machines, config());
     until_ready(&fleet);
     for vm in 0..50 {
@@ -30,7 +30,7 @@ fn all_vms_become_ready_and_then_cost_nothing() {
 
 #[test]
 fn a_wrong_number_or_a_panic_fails_that_vm_alone() {
-    let machines = Fake::new(4, 2, |vm| match vm {
+    let machines = Fake::machines(4, 2, |vm| match vm {
         1 => boots(2, 3, |_, _| EXIT_BUDGET),
         2 => Box::new(|port, _| {
             port.print(b"Freeing memory\n[    0.1] Kernel panic - not sync");
@@ -54,7 +54,7 @@ fn a_wrong_number_or_a_panic_fails_that_vm_alone() {
 #[test]
 fn every_end_of_a_slice_has_its_state() {
     let ends = [EXIT_SHUTDOWN, EXIT_STOPPED, EXIT_NO_FRAME, EXIT_FAILURE, 77];
-    let machines = Fake::new(ends.len() as u32, 1, move |vm| Box::new(move |_, _| ends[vm as usize]));
+    let machines = Fake::machines(ends.len() as u32, 1, move |vm| Box::new(move |_, _| ends[vm as usize]));
     let fleet = start(&machines, config());
     until("all are down", || (0..fleet.vms()).all(|vm| fleet.is_down(vm)));
     let states: Vec<_> = (0..5).map(|vm| fleet.status(vm).state()).collect();
@@ -65,7 +65,7 @@ fn every_end_of_a_slice_has_its_state() {
 
 #[test]
 fn a_reboot_starts_over_and_is_counted() {
-    let machines = Fake::new(1, 2, |vm| {
+    let machines = Fake::machines(1, 2, |vm| {
         boots(vm, 3, |port, _| match port.read() {
             Some(b'r') => EXIT_REBOOT,
             _ => port.sleep_until(u64::MAX),
@@ -87,7 +87,7 @@ fn a_reboot_starts_over_and_is_counted() {
 
 #[test]
 fn a_guest_that_only_reboots_fails() {
-    let machines = Fake::new(1, 1, |_| Box::new(|_, _| EXIT_REBOOT));
+    let machines = Fake::machines(1, 1, |_| Box::new(|_, _| EXIT_REBOOT));
     let fleet = start(&machines, config());
     until("it is down", || fleet.is_down(0));
     assert!(fleet.status(0).reason().contains("rebooted 3 times"), "{}", fleet.status(0).reason());
@@ -97,7 +97,7 @@ fn a_guest_that_only_reboots_fails() {
 fn real_time_follows_the_wall_clock_from_ready_on() {
     const PERIOD: u64 = TIMEBASE_HZ as u64 / 50;
     // After READY the guest prints its time and sleeps 20 ms, ten times.
-    let machines = Fake::new(1, 1, |vm| {
+    let machines = Fake::machines(1, 1, |vm| {
         let mut wake = 0;
         boots(vm, 5, move |port, request| {
             assert_eq!(request.time_mode, TIME_REAL);
@@ -124,7 +124,7 @@ fn real_time_follows_the_wall_clock_from_ready_on() {
 
 #[test]
 fn a_paused_vm_waits_and_goes_on() {
-    let machines = Fake::new(2, 1, |vm| boots(vm, 1, |_, _| EXIT_BUDGET));
+    let machines = Fake::machines(2, 1, |vm| boots(vm, 1, |_, _| EXIT_BUDGET));
     let fleet = start(&machines, config());
     until_ready(&fleet);
     fleet.pause(0);
@@ -138,7 +138,7 @@ fn a_paused_vm_waits_and_goes_on() {
 
 #[test]
 fn a_broken_engine_ends_the_fleet_with_a_reason() {
-    let machines = Fake::new(2, 2, |vm| boots(vm, 1, |_, _| EXIT_BUDGET));
+    let machines = Fake::machines(2, 2, |vm| boots(vm, 1, |_, _| EXIT_BUDGET));
     let fleet = start(&machines, config());
     until_ready(&fleet);
     assert_eq!(fleet.fault(), None);
@@ -150,7 +150,7 @@ fn a_broken_engine_ends_the_fleet_with_a_reason() {
 
 #[test]
 fn a_crashed_worker_is_a_fault_too() {
-    let machines = Fake::new(1, 1, |_| Box::new(|_, _| panic!("a bug, on purpose")));
+    let machines = Fake::machines(1, 1, |_| Box::new(|_, _| panic!("a bug, on purpose")));
     let fleet = start(&machines, config());
     until("the fault is told", || fleet.fault().is_some());
     fleet.stop();
@@ -158,7 +158,7 @@ fn a_crashed_worker_is_a_fault_too() {
 
 #[test]
 fn waiting_ends_with_news() {
-    let machines = Fake::new(1, 1, |vm| boots(vm, 1, |port, _| port.sleep_until(u64::MAX)));
+    let machines = Fake::machines(1, 1, |vm| boots(vm, 1, |port, _| port.sleep_until(u64::MAX)));
     let fleet = start(&machines, config());
     let mut seen = 0;
     while fleet.totals().ready == 0 {

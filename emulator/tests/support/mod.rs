@@ -1,5 +1,6 @@
 //! A back end whose guests are closures, so that the fleet can be tested without a machine.
 #![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "it is part of tests")]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -124,13 +125,13 @@ unsafe impl Send for Fake {}
 unsafe impl Sync for Fake {}
 
 impl Fake {
-    pub fn new(
+    pub fn machines(
         vms: u32,
         workers: usize,
         make: impl Fn(u32) -> Guest + Send + Sync + 'static,
     ) -> Arc<FakeMachines> {
         // SAFETY: a mailbox is plain integers; all zero is its empty state.
-        let mailbox = || Box::into_raw(unsafe { Box::<Mailbox>::new_zeroed().assume_init() });
+        let mailbox = || Box::into_raw(Box::new(unsafe { std::mem::zeroed::<Mailbox>() }));
         let mailboxes: Vec<_> = (0..vms).map(|_| mailbox()).collect();
         let vm = |n: u32| FakeVm {
             port: Port { at: mailboxes[n as usize], result: SliceResult::default(), slices: 0 },
