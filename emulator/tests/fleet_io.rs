@@ -16,17 +16,18 @@ fn bridged() -> FleetConfig {
     FleetConfig { bridged: true, ..config() }
 }
 
-/// Sends back what it gets, frames and input.
-fn echo(port: &mut Port, _: &SliceRequest) -> u32 {
-    while let Some(byte) = port.read() {
-        port.print(&[byte]);
-    }
-    while let Some(frame) = port.receive() {
-        if !port.send(&frame) {
-            return EXIT_DRAIN;
+/// Prints what is typed.
+fn echo() -> impl FnMut(&mut Port, &SliceRequest) -> u32 + Send + 'static {
+    let mut held: Option<u8> = None;
+    move |port, _| {
+        while let Some(byte) = held.take().or_else(|| port.read()) {
+            if port.print(&[byte]) == 0 {
+                held = Some(byte);
+                return EXIT_DRAIN;
+            }
         }
+        port.sleep_until(u64::MAX)
     }
-    port.sleep_until(u64::MAX)
 }
 
 #[test]
@@ -155,7 +156,7 @@ fn room_in_a_full_mailbox_is_told() {
 
 #[test]
 fn more_console_input_than_fits_comes_in_order() {
-    let machines = Fake::machines(1, 2, |vm| boots(vm, 1, echo));
+    let machines = Fake::machines(1, 2, |vm| boots(vm, 1, echo()));
     let fleet = start(&machines, config());
     let listener = fleet.subscribe(0);
     until_ready(&fleet);
@@ -180,7 +181,7 @@ fn more_console_input_than_fits_comes_in_order() {
 fn a_guest_that_reads_nothing_holds_its_typist_only() {
     let machines = Fake::machines(2, 1, |vm| match vm {
         0 => boots(vm, 1, |port, _| port.sleep_until(u64::MAX)),
-        _ => boots(vm, 1, echo),
+        _ => boots(vm, 1, echo()),
     });
     let fleet = start(&machines, config());
     until_ready(&fleet);
