@@ -6,5 +6,6 @@ pub mod console;
 pub mod fleet;
 pub mod guest;
 pub mod mailbox;
+pub mod memory;
 pub mod net;
 pub mod report;

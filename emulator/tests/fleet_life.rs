@@ -160,10 +160,8 @@ fn a_crashed_worker_is_a_fault_too() {
 fn waiting_ends_with_news() {
     let machines = Fake::machines(1, 1, |vm| boots(vm, 1, |port, _| port.sleep_until(u64::MAX)));
     let fleet = start(&machines, config());
-    let mut seen = 0;
-    while fleet.totals().ready == 0 {
-        seen = fleet.wait(seen, Duration::from_secs(10));
-    }
+    let seen = fleet.wait(0, Duration::from_secs(10));
+    assert_eq!((seen, fleet.totals().ready), (1, 1));
     let begin = Instant::now();
     assert_eq!(fleet.wait(seen, Duration::from_millis(20)), seen);
     assert!(begin.elapsed() >= Duration::from_millis(20));

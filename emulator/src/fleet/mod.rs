@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::abi::FRAME_BYTES;
-use crate::backend::{Machines, MemoryUse};
+use crate::backend::{EngineError, Machines, MemoryUse};
 use crate::console::hub::{self, Subscription};
 use crate::console::log::Logs;
 use crate::fleet::clock::TimeMode;
@@ -71,6 +71,8 @@ pub(crate) struct Shared {
     engine_nanos: AtomicU64,
     news: Mutex<News>,
     told: Condvar,
+    /// Held while a VM is reset: back ends do that for one VM at a time.
+    resetting: Mutex<()>,
 }
 
 #[derive(Default)]
@@ -146,13 +148,14 @@ impl Fleet {
             engine_nanos: AtomicU64::new(0),
             news: Mutex::default(),
             told: Condvar::new(),
+            resetting: Mutex::new(()),
         };
         Self { shared: Arc::new(shared), workers: Mutex::default() }
     }
 
     /// Starts one worker thread per engine.
-    pub fn start(&self) -> std::io::Result<()> {
-        for (n, engine) in self.shared.machines.engines().into_iter().enumerate() {
+    pub fn start(&self) -> Result<(), EngineError> {
+        for (n, engine) in self.shared.machines.engines()?.into_iter().enumerate() {
             let shared = self.shared.clone();
             let worker = std::thread::Builder::new()
                 .name(format!("engine-{n}"))
@@ -161,7 +164,7 @@ impl Fleet {
                 Ok(worker) => lock(&self.workers).push(worker),
                 Err(error) => {
                     self.stop();
-                    return Err(error);
+                    return Err(EngineError(format!("no thread for an engine: {error}")));
                 }
             }
         }

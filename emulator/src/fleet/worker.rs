@@ -10,7 +10,7 @@ use crate::abi::{
     ETH_FRAME_BYTES, EXIT_BUDGET, EXIT_DRAIN, EXIT_FAILURE, EXIT_IDLE, EXIT_NO_FRAME, EXIT_REBOOT,
     EXIT_SHUTDOWN, EXIT_STOPPED, SliceRequest, SliceResult,
 };
-use crate::backend::{Engine, Slice};
+use crate::backend::{Engine, EngineError, Slice};
 use crate::console::scan::Mark;
 use crate::fleet::clock::{TimeMode, Wake};
 use crate::fleet::sched::Turn;
@@ -153,7 +153,16 @@ impl Shared {
             Next::Sleep(Wake::At(at)) => self.sched.park(vm, Some(at)),
             Next::Sleep(Wake::Now) => self.sched.requeue(vm, true),
             Next::Reboot => self.reboot(vm),
-            Next::Down(life) => self.take_down(vm, life),
+            Next::Down(life) => {
+                // Others can use its memory. A VM that crashed keeps it, for a look at what it did.
+                if matches!(result.exit, EXIT_SHUTDOWN | EXIT_STOPPED | EXIT_NO_FRAME) {
+                    match self.reset(vm) {
+                        Ok(()) => lock(&state.record).last.private_frames = 0,
+                        Err(error) => tracing::warn!("VM {vm}: its memory could not be given back: {error}"),
+                    }
+                }
+                self.take_down(vm, life);
+            }
         }
     }
 
@@ -198,7 +207,7 @@ impl Shared {
 
     fn reboot(&self, vm: u32) {
         let state = &self.vms[vm as usize];
-        if let Err(error) = self.machines.reset(vm) {
+        if let Err(error) = self.reset(vm) {
             self.take_down(vm, Life::Failed(format!("it could not be reset: {error}")));
             return;
         }
@@ -215,6 +224,11 @@ impl Shared {
         }
         self.changed();
         self.sched.requeue(vm, true);
+    }
+
+    fn reset(&self, vm: u32) -> Result<(), EngineError> {
+        let _one_at_a_time = lock(&self.resetting);
+        self.machines.reset(vm)
     }
 
     fn take_down(&self, vm: u32, life: Life) {

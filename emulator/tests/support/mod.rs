@@ -210,8 +210,9 @@ impl Machines for FakeMachines {
         self.0.vms.len() as u32
     }
 
-    fn engines(&self) -> Vec<Box<dyn Engine>> {
-        (0..self.0.workers).map(|_| Box::new(FakeEngine(self.0.clone())) as Box<dyn Engine>).collect()
+    fn engines(&self) -> Result<Vec<Box<dyn Engine>>, EngineError> {
+        let engine = || Box::new(FakeEngine(self.0.clone())) as Box<dyn Engine>;
+        Ok((0..self.0.workers).map(|_| engine()).collect())
     }
 
     fn mailbox(&self, vm: u32) -> MailboxRef<'_> {
