@@ -182,7 +182,7 @@ impl Report {
             }
         }
         self.ready = Ready {
-            vms: totals.been_ready,
+            vms: fleet.been_ready(),
             seconds_first: seconds.iter().copied().reduce(f64::min),
             seconds_last: seconds.iter().copied().reduce(f64::max),
             instructions: spread(&mut instructions),

@@ -75,7 +75,7 @@ pub fn status(place: &Place) -> Result<String, ClientError> {
 }
 
 /// Connects to a VM's console.
-pub fn attach(place: &Place, vm: &str) -> Result<Attachment, ClientError> {
+pub fn attach(place: &Place, vm: u32) -> Result<Attachment, ClientError> {
     let reader = ask(place, &format!("console {vm}\n"))?;
     let begin = reader.buffer().to_vec();
     Ok(Attachment { stream: reader.into_inner(), begin })

@@ -38,7 +38,7 @@ impl Default for LogLimits {
 /// Where the logs go. Dropping it writes what is left.
 pub struct Logs {
     shared: Arc<Shared>,
-    writer: Option<JoinHandle<()>>,
+    writer: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -76,12 +76,25 @@ impl Logs {
             let shared = shared.clone();
             std::thread::Builder::new().name("logs".into()).spawn(move || shared.write(files))?
         };
-        Ok(Self { shared, writer: Some(writer) })
+        Ok(Self { shared, writer: Mutex::new(Some(writer)) })
+    }
+
+    /// Writes what is left. What comes later is lost.
+    pub fn close(&self) {
+        lock(&self.shared.state).closing = true;
+        self.shared.more.notify_one();
+        if let Some(writer) = lock(&self.writer).take() {
+            // A panic of the writer has been printed; there is nothing to add.
+            let _ = writer.join();
+        }
     }
 
     /// Appends to a VM's log, soon.
     pub fn append(&self, vm: u32, bytes: &[u8]) {
         let mut state = lock(&self.shared.state);
+        if state.closing {
+            return;
+        }
         let was_empty = state.waiting.is_empty();
         let waiting = state.waiting.entry(vm).or_default();
         let room = self.shared.limits.waiting_bytes.saturating_sub(waiting.bytes.len());
@@ -96,12 +109,7 @@ impl Logs {
 
 impl Drop for Logs {
     fn drop(&mut self) {
-        lock(&self.shared.state).closing = true;
-        self.shared.more.notify_one();
-        if let Some(writer) = self.writer.take() {
-            // A panic of the writer has been printed; there is nothing to add.
-            let _ = writer.join();
-        }
+        self.close();
     }
 }
 
@@ -121,7 +129,7 @@ impl Shared {
             for (vm, waiting) in waiting {
                 files.append(vm, &waiting);
             }
-            if closing && lock(&self.state).waiting.is_empty() {
+            if closing {
                 return;
             }
         }

@@ -21,6 +21,8 @@ const LEFT_PERCENT: u64 = 10;
 pub struct Capacity {
     /// Bytes that this process may come to use.
     pub available: u64,
+    /// Bytes per VM apart from its RAM.
+    pub overhead_per_vm: u64,
     /// Bytes per VM, with half of its RAM written.
     pub expected_per_vm: u64,
     /// Bytes per VM, with all of its RAM written.
@@ -53,12 +55,22 @@ impl Capacity {
         let structures = size_of::<Vm>() as u64 + size_of::<Mailbox>() as u64;
         let table = ram / u64::from(FRAME_BYTES) * 4;
         let overhead = structures + table + HOST_BYTES;
-        Self { available, expected_per_vm: overhead + ram / 2, worst_per_vm: overhead + ram }
+        Self {
+            available,
+            overhead_per_vm: overhead,
+            expected_per_vm: overhead + ram / 2,
+            worst_per_vm: overhead + ram,
+        }
     }
 
     /// VMs that fit.
     pub fn fits(&self) -> u64 {
         self.available / self.expected_per_vm
+    }
+
+    /// What `vms` VMs may use for RAM, all together.
+    pub fn pool_bytes(&self, vms: u32) -> u64 {
+        self.available.saturating_sub(u64::from(vms) * self.overhead_per_vm)
     }
 
     /// Whether `vms` VMs of `ram` bytes fit; if so, whether they do even in the worst case.

@@ -8,7 +8,7 @@ mod vm;
 mod worker;
 
 use std::sync::atomic::{
-    AtomicU64,
+    AtomicU32, AtomicU64,
     Ordering::{Relaxed, SeqCst},
 };
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -67,6 +67,9 @@ pub(crate) struct Shared {
     /// VMs that may have sent frames since the bridge last asked; each at most once.
     dirty: Mutex<Vec<u32>>,
     bridge: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
+    /// VMs that have said READY at least once, and VMs that are down.
+    been_ready: AtomicU32,
+    downs: AtomicU32,
     steps: AtomicU64,
     engine_nanos: AtomicU64,
     news: Mutex<News>,
@@ -108,8 +111,6 @@ pub struct Totals {
     pub vms: u32,
     /// VMs that have said READY and still run.
     pub ready: u32,
-    /// VMs that have said READY, whatever came then.
-    pub been_ready: u32,
     /// VMs that still boot.
     pub booting: u32,
     /// VMs that have shut down.
@@ -144,6 +145,8 @@ impl Fleet {
             logs,
             dirty: Mutex::default(),
             bridge: Mutex::new(None),
+            been_ready: AtomicU32::new(0),
+            downs: AtomicU32::new(0),
             steps: AtomicU64::new(0),
             engine_nanos: AtomicU64::new(0),
             news: Mutex::default(),
@@ -171,12 +174,15 @@ impl Fleet {
         Ok(())
     }
 
-    /// Ends the workers after their current slices.
+    /// Ends the workers after their current slices, and writes the logs.
     pub fn stop(&self) {
         self.shared.sched.stop();
         for worker in std::mem::take(&mut *lock(&self.workers)) {
             // A panic was printed and reported as a fault.
             let _ = worker.join();
+        }
+        if let Some(logs) = &self.shared.logs {
+            logs.close();
         }
     }
 
@@ -238,7 +244,6 @@ impl Fleet {
                 Life::Stopped => totals.stopped += 1,
                 Life::Failed(_) => totals.failed += 1,
             }
-            totals.been_ready += u32::from(record.ready.is_some());
             totals.counters.add(&record.counters());
         }
         totals
@@ -274,6 +279,16 @@ impl Fleet {
         self.shared.vms[vm as usize].down.load(SeqCst)
     }
 
+    /// VMs that have said READY at least once.
+    pub fn been_ready(&self) -> u32 {
+        self.shared.been_ready.load(SeqCst)
+    }
+
+    /// VMs that will never run again.
+    pub fn downs(&self) -> u32 {
+        self.shared.downs.load(SeqCst)
+    }
+
     /// Keeps a VM from running.
     pub fn pause(&self, vm: u32) {
         self.shared.sched.pause(vm);
@@ -300,7 +315,7 @@ impl Fleet {
         news.changes
     }
 
-    /// Ends a [`Fleet::wait`] under way, for a signal handler's thread.
+    /// Ends a [`Fleet::wait`] under way.
     pub fn nudge(&self) {
         self.shared.changed();
     }

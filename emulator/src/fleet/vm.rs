@@ -147,10 +147,12 @@ impl Record {
         self.life = Life::Booting;
     }
 
-    pub fn is_ready(&mut self, started: Instant, instructions: u64) {
+    /// READY was said; true if for the first time, which is what is measured.
+    pub fn is_ready(&mut self, started: Instant, instructions: u64) -> bool {
         self.life = Life::Ready;
-        // The first boot is what is measured.
+        let first = self.ready.is_none();
         self.ready.get_or_insert(ReadyAt { after: started.elapsed(), instructions });
+        first
     }
 }
 

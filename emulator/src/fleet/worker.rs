@@ -112,7 +112,9 @@ impl Shared {
                 match mark {
                     Mark::Ready(n) if record.life == Life::Booting => {
                         if n == vm {
-                            record.is_ready(self.config.started, result.newline_instret);
+                            if record.is_ready(self.config.started, result.newline_instret) {
+                                self.been_ready.fetch_add(1, SeqCst);
+                            }
                             if self.config.time == TimeMode::Real {
                                 record.clock.follow_wall(Instant::now(), result.time_ticks);
                             }
@@ -235,6 +237,7 @@ impl Shared {
         let state = &self.vms[vm as usize];
         lock(&state.record).life = life;
         state.down.store(true, SeqCst);
+        self.downs.fetch_add(1, SeqCst);
         self.sched.retire(vm);
         state.console.close();
         self.mark_dirty(vm);
