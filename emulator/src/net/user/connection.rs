@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
+use mio::event::Event;
 use mio::net::TcpStream;
 use smoltcp::socket::tcp::{RecvError, State};
 
@@ -66,6 +67,8 @@ pub struct Connection {
     client: Option<TcpStream>,
     tcp: Option<Tcp>,
     readable: bool,
+    /// The client has sent its end; no further event will announce it.
+    read_closed: bool,
     writable: bool,
     client_done: bool,
     vm_done: bool,
@@ -99,6 +102,7 @@ impl Connection {
             client: Some(client),
             tcp: None,
             readable: true,
+            read_closed: false,
             writable: true,
             client_done: false,
             vm_done: false,
@@ -119,10 +123,6 @@ impl Connection {
         self.phase
     }
 
-    pub fn client(&mut self) -> Option<&mut TcpStream> {
-        self.client.as_mut()
-    }
-
     /// Its turn has come: connects to the VM.
     pub fn connect(&mut self, tcp: Tcp, port: u16, now: Instant) {
         self.tcp = Some(tcp);
@@ -132,9 +132,10 @@ impl Connection {
     }
 
     /// The client's socket is ready for something.
-    pub fn ready(&mut self, readable: bool, writable: bool) {
-        self.readable |= readable;
-        self.writable |= writable;
+    pub fn ready(&mut self, event: &Event) {
+        self.read_closed |= event.is_read_closed();
+        self.readable |= event.is_readable() || event.is_read_closed();
+        self.writable |= event.is_writable();
     }
 
     /// Whether the client's socket reports an error: the client is gone.
@@ -309,7 +310,7 @@ impl Connection {
                 Ok(Ok((bytes, size))) => {
                     self.active = now;
                     // Less than asked for: the rest, or the end, will be announced. Elsewhere only an error tells.
-                    if cfg!(target_os = "linux") && bytes < size {
+                    if cfg!(target_os = "linux") && bytes < size && !self.read_closed {
                         self.readable = false;
                     }
                 }

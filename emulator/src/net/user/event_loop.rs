@@ -173,7 +173,7 @@ impl EventLoop {
         };
         // The connection may be gone, and another in its place: it will find that nothing is ready.
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
-        connection.ready(event.is_readable() || event.is_read_closed(), event.is_writable());
+        connection.ready(event);
         if event.is_error() && connection.client_failed() {
             let mut env = Env {
                 stack: &mut self.stack,
