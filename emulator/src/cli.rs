@@ -178,7 +178,9 @@ impl FromStr for Until {
         match text {
             "ready" => Ok(Self::Ready),
             "http" => Ok(Self::Http),
-            _ => seconds(text).map(Self::Seconds).map_err(|_| "expected ready, http, or a number of seconds".into()),
+            _ => seconds(text)
+                .map(Self::Seconds)
+                .map_err(|_| "expected ready, http, or a number of seconds".into()),
         }
     }
 }
@@ -206,8 +208,17 @@ mod tests {
         let cli = Cli::try_parse_from(["emulator", "fleet", "--image", "x", "--ram", "8M", "--until", "2.5"]);
         let Ok(Cli { command: Command::Fleet(args) }) = cli else { panic!("not parsed: {cli:?}") };
         assert_eq!((args.ram, args.until), (Some(8 << 20), Some(Until::Seconds(2.5))));
-        for bad in [["--until", "soon"], ["--until", "-1"], ["--port-base", "70000"], ["--ram", "8X"], ["--vms", "-1"]] {
-            assert!(Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(), "{bad:?}");
+        for bad in [
+            ["--until", "soon"],
+            ["--until", "-1"],
+            ["--port-base", "70000"],
+            ["--ram", "8X"],
+            ["--vms", "-1"],
+        ] {
+            assert!(
+                Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(),
+                "{bad:?}"
+            );
         }
     }
 }

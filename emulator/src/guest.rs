@@ -175,7 +175,7 @@ impl GuestImage {
         let ram = ram.unwrap_or(laid_out);
         dtb.truncate(tree.total_bytes);
 
-        if ram % u64::from(FRAME_BYTES) != 0 {
+        if !ram.is_multiple_of(u64::from(FRAME_BYTES)) {
             return Err(GuestError::RamNotPages(ram));
         }
         if ram > RAM_END {

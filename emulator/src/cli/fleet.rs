@@ -20,7 +20,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::live::Live;
-use super::progress::{Answers, Progress};
+use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
 
 /// How often signals and times are looked at when the fleet tells no news.

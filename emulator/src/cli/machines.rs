@@ -45,7 +45,10 @@ fn open_cpu(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Resul
     let frame = u64::from(FRAME_BYTES);
     let private_frames = match available_memory().map(|available| Capacity::new(ram, available)) {
         None => {
-            warn("this machine does not tell how much memory is free; the fleet may be too large for it".into());
+            warn(
+                "this machine does not tell how much memory is free; the fleet may be too large for it"
+                    .into(),
+            );
             None
         }
         Some(capacity) if capacity.check(args.vms, ram).into_diagnostic()? => None,

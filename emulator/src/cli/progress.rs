@@ -113,7 +113,7 @@ impl Progress {
     pub fn report(&self) -> Report {
         let mut report = self.head.clone();
         let boot = lock(&self.boot).unwrap_or_else(|| self.so_far());
-        let drops = self.bridge.as_ref().map_or(0, |counters| counters.drops_total());
+        let drops = self.bridge.as_ref().map_or(0, |counters| counters.snapshot().drops_total());
         report.add_fleet(&self.fleet, boot, drops);
         report.http = self.http.as_ref().map(|answers| {
             let inner = lock(&answers.inner);

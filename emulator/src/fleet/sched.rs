@@ -244,7 +244,7 @@ impl Inner {
     fn pick(&mut self, max: usize, turns: &mut Vec<Turn>) {
         while turns.len() < max {
             self.turns = self.turns.wrapping_add(1);
-            let bulk_first = self.turns % BULK_SHARE == 0;
+            let bulk_first = self.turns.is_multiple_of(BULK_SHARE);
             let next = match bulk_first {
                 true => self.bulk.pop_front().or_else(|| self.fresh.pop_front()),
                 false => self.fresh.pop_front().or_else(|| self.bulk.pop_front()),
