@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod guest;
+pub mod stub;
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -103,6 +104,15 @@ impl FakeLinks {
         self.dirty.lock().unwrap().push(vm);
         self.wake();
         true
+    }
+
+    /// The VMs' side: waits for frames, and names VMs that may have some.
+    pub fn wait_for_frames(&self, vms: &mut Vec<u32>, patience: Duration) {
+        let mut inbox = self.inbox.lock().unwrap();
+        if inbox.is_empty() {
+            inbox = self.arrived.wait_timeout(inbox, patience).unwrap().0;
+        }
+        vms.append(&mut inbox);
     }
 
     pub fn vm_can_send(&self, vm: u32) -> bool {
