@@ -1,6 +1,6 @@
 //! Figures of the bridge, with stub responders for VMs. Run in release:
 //! `cargo test --release -p emulator --test net_bench -- --ignored --nocapture --test-threads 1`
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod net_support;
 
@@ -17,6 +17,9 @@ use net_support::{FakeLinks, Fleet, bind_anywhere};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
 
+/// Microseconds of the bridge's processor time per request, at most: 5,000 requests/s take one core.
+const MOST: f64 = 200.0;
+
 fn answer() -> Vec<u8> {
     let page = vec![b'x'; 400];
     [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", page.len()).as_bytes(), &page].concat()
@@ -29,12 +32,19 @@ fn stubs(vms: u32, close: bool) -> (UserBridge, Stubs) {
     (bridge, Stubs::start(links, answer(), close))
 }
 
-/// Processor time of this whole process, all threads.
-fn processor_time() -> Duration {
-    let usage = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<&str> = usage.rsplit(')').next().unwrap().split_whitespace().collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    Duration::from_millis(ticks * 10)
+/// Processor time of this process's threads: of the bridge's, and of all.
+fn processor_time() -> (Duration, Duration) {
+    let (mut bridge, mut all) = (Duration::ZERO, Duration::ZERO);
+    for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
+        // Nanoseconds on a processor come first in schedstat.
+        let Ok(times) = std::fs::read_to_string(task.path().join("schedstat")) else { continue };
+        let nanos = times.split_whitespace().next().and_then(|nanos| nanos.parse().ok()).unwrap_or(0);
+        all += Duration::from_nanos(nanos);
+        if std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "net-user") {
+            bridge += Duration::from_nanos(nanos);
+        }
+    }
+    (bridge, all)
 }
 
 struct Client {
@@ -45,7 +55,8 @@ struct Client {
 }
 
 /// A closed loop of `clients`; each asks, reads the answer, and asks again until all together have asked `total` times.
-/// Prints and returns requests per second.
+/// Prints the rate; returns the bridge's processor time per request in microseconds, which depends less than the rate on
+/// what else runs on the machine.
 fn load(name: &str, bridge: &UserBridge, clients: usize, total: usize, close: bool) -> f64 {
     let ports = bridge.config().ports;
     let expected = answer().len();
@@ -118,18 +129,20 @@ fn load(name: &str, bridge: &UserBridge, clients: usize, total: usize, close: bo
         }
     }
     let took = start.elapsed();
-    let processor = processor_time() - processor;
+    let (bridge_time, all_time) = processor_time();
+    let each = |time: Duration| time.as_secs_f64() * 1e6 / total as f64;
     times.sort_unstable();
     let rate = total as f64 / took.as_secs_f64();
     println!(
-        "{name}: {total} requests, {clients} at once, {} VMs: {rate:.0} requests/s, p50 {:?}, p99 {:?}, \
-         {:.0} us of processor time each (load generator and stubs included)",
+        "{name}: {total} requests, {clients} at once, {} VMs: {rate:.0} requests/s, p50 {:.1?}, p99 {:.1?}; \
+         processor time each: bridge {:.1} us, with load generator and stubs {:.1} us",
         ports.vms,
         times[total / 2],
         times[total * 99 / 100],
-        processor.as_secs_f64() * 1e6 / total as f64,
+        each(bridge_time - processor.0),
+        each(all_time - processor.1),
     );
-    rate
+    each(bridge_time - processor.0)
 }
 
 /// A stream to put in another's place for a moment.
@@ -142,16 +155,16 @@ fn never() -> TcpStream {
 #[ignore = "a measurement: run in release"]
 fn requests_per_second_with_new_connections() {
     let (bridge, _stubs) = stubs(32, true);
-    let rate = load("new connection each", &bridge, 64, 60_000, true);
+    let each = load("new connection each", &bridge, 64, 60_000, true);
     assert_eq!(bridge.counters().snapshot().drops_total(), 0, "{:?}", bridge.counters().snapshot());
-    assert!(rate > 5000.0);
+    assert!(each < MOST);
 }
 
 #[test]
 #[ignore = "a measurement: run in release"]
 fn requests_per_second_on_kept_connections() {
     let (bridge, _stubs) = stubs(32, false);
-    assert!(load("kept connections", &bridge, 64, 200_000, false) > 5000.0);
+    assert!(load("kept connections", &bridge, 64, 200_000, false) < MOST);
 }
 
 #[test]
@@ -167,11 +180,11 @@ fn requests_per_second_of_one_vm() {
 #[ignore = "a measurement: run in release"]
 fn a_thousand_connections_at_once() {
     let (bridge, _stubs) = stubs(32, false);
-    let rate = load("kept connections", &bridge, 1000, 200_000, false);
+    let each = load("kept connections", &bridge, 1000, 200_000, false);
     assert_eq!(bridge.counters().snapshot().connections_total, 1000);
-    assert!(rate > 5000.0);
+    assert!(each < MOST);
     let (bridge, _stubs) = stubs(32, true);
-    assert!(load("new connection each", &bridge, 1000, 60_000, true) > 5000.0);
+    assert!(load("new connection each", &bridge, 1000, 60_000, true) < MOST);
     let (bridge, _stubs) = stubs(4096, true);
     load("new connection each", &bridge, 1000, 60_000, true);
 }
@@ -215,5 +228,5 @@ fn idle_costs_nothing() {
     drop(_stubs);
     let before = processor_time();
     std::thread::sleep(Duration::from_secs(5));
-    println!("idle: {:?} of processor time in 5 s", processor_time() - before);
+    println!("idle: {:?} of the bridge's processor time in 5 s", processor_time().0 - before.0);
 }

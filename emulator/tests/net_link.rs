@@ -1,5 +1,5 @@
 //! The bridge at the level of frames: switching between VMs, full mailboxes, hostile guests, ports.
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod net_support;
 

@@ -1,5 +1,5 @@
 //! Rewriting and switching: exact results, and properties over random and hostile packets.
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 

@@ -1,5 +1,5 @@
 //! The HTTP probe behind `--until http`.
-#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 mod net_support;
 

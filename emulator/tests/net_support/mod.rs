@@ -1,5 +1,5 @@
 //! Fake VMs behind fake links: TCP servers made of smoltcp, and hooks to lose and reorder their frames.
-#![allow(dead_code, missing_docs)]
+#![allow(clippy::unwrap_used, dead_code, missing_docs)]
 
 pub mod guest;
 pub mod stub;
@@ -289,10 +289,12 @@ fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
 
 /// A bridge on ports that are free now.
 pub fn bind_anywhere(vms: u32, limits: Limits) -> UserBridge {
-    for _ in 0..100 {
+    for attempt in 0..100 {
         let probe = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
-        let base = probe.local_addr().unwrap().port();
+        let port = probe.local_addr().unwrap().port();
         drop(probe);
+        // The system hands out single ports high up; long ranges are free further down.
+        let base = if vms < 256 { port } else { 2000 + attempt * 251 };
         let mut config = Config::new(base, vms);
         config.limits = limits;
         match UserBridge::bind(config) {
