@@ -1,7 +1,8 @@
 //! Fake VMs behind fake links: TCP servers made of smoltcp, and hooks to lose and reorder their frames.
-#![allow(dead_code, missing_docs)]
+#![allow(clippy::unwrap_used, dead_code, missing_docs)]
 
 pub mod guest;
+pub mod stub;
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -103,6 +104,15 @@ impl FakeLinks {
         self.dirty.lock().unwrap().push(vm);
         self.wake();
         true
+    }
+
+    /// The VMs' side: waits for frames, and names VMs that may have some.
+    pub fn wait_for_frames(&self, vms: &mut Vec<u32>, patience: Duration) {
+        let mut inbox = self.inbox.lock().unwrap();
+        if inbox.is_empty() {
+            inbox = self.arrived.wait_timeout(inbox, patience).unwrap().0;
+        }
+        vms.append(&mut inbox);
     }
 
     pub fn vm_can_send(&self, vm: u32) -> bool {
@@ -279,10 +289,12 @@ fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
 
 /// A bridge on ports that are free now.
 pub fn bind_anywhere(vms: u32, limits: Limits) -> UserBridge {
-    for _ in 0..100 {
+    for attempt in 0..100 {
         let probe = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
-        let base = probe.local_addr().unwrap().port();
+        let port = probe.local_addr().unwrap().port();
         drop(probe);
+        // The system hands out single ports high up; long ranges are free further down.
+        let base = if vms < 256 { port } else { 2000 + attempt * 251 };
         let mut config = Config::new(base, vms);
         config.limits = limits;
         match UserBridge::bind(config) {
