@@ -30,7 +30,8 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// A cache in a folder of the caller's.
+    /// A cache in a folder of the test's.
+    #[cfg(test)]
     pub fn at(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }

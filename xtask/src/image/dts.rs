@@ -46,6 +46,11 @@ pub fn render(template: &Source, layout: &Layout, bootargs: &str) -> Result<Stri
     })
 }
 
+/// Whether device trees can be compiled. The builder installs the compiler with all else that it needs.
+pub fn can_compile() -> bool {
+    duct::cmd!("dtc", "--version").stdout_null().stderr_null().unchecked().run().is_ok()
+}
+
 /// Compiles device tree source.
 pub fn compile(template: &Source, dts: &str) -> Result<Vec<u8>, Error> {
     let output = duct::cmd!("dtc", "-q", "-I", "dts", "-O", "dtb", "-o", "-", "-")

@@ -99,30 +99,26 @@ impl Layout {
     /// Places kernel, initrd and device tree in RAM: the Image at 0, the tree at the top, the initrd right below it.
     pub fn new(ram: Ram, kernel_memory_bytes: u64, initrd_bytes: u64, margin: u64) -> Result<Self, Error> {
         let least = Self::least(kernel_memory_bytes, initrd_bytes, margin);
-        let too_small = || {
-            Error::plain(
-                format!(
-                    "the initrd does not fit: RAM {} ({} bytes), kernel {kernel_memory_bytes} bytes in memory, initrd \
-                     {initrd_bytes} bytes, which is there twice while the kernel unpacks it",
-                    ram, ram.0
-                ),
-                format!("Give each VM at least {}, or make the initrd smaller.", Ram(least)),
-            )
-        };
-        let dtb_address = ram.0.checked_sub(DTB_ALIGN).ok_or_else(too_small)? & !(DTB_ALIGN - 1);
-        let initrd_address = dtb_address.checked_sub(initrd_bytes).ok_or_else(too_small)? & !(PAGE - 1);
-        if initrd_address < kernel_memory_bytes.next_multiple_of(PAGE) + initrd_bytes {
-            return Err(too_small());
-        }
         if ram.0 < least {
+            let what = match initrd_bytes > ram.0 / 4 {
+                true => format!("the initrd is too large for {ram} of RAM"),
+                false => format!("{ram} of RAM is too small for this image"),
+            };
             return Err(Error::plain(
                 format!(
-                    "{ram} of RAM is too small for this image: kernel {kernel_memory_bytes} bytes, initrd \
-                     {initrd_bytes} bytes"
+                    "{what}: of {} bytes, the kernel takes {kernel_memory_bytes}, the initrd {initrd_bytes} and as \
+                     much again while it is unpacked, and what runs then {margin}",
+                    ram.0
                 ),
-                format!("The least is {}.", Ram(least)),
+                format!(
+                    "The least is {}. Give each VM more RAM, or take something out of the image.",
+                    Ram(least)
+                ),
             ));
         }
+        // These cannot fail: the least RAM has room for both.
+        let dtb_address = ram.0.saturating_sub(DTB_ALIGN) & !(DTB_ALIGN - 1);
+        let initrd_address = dtb_address.saturating_sub(initrd_bytes) & !(PAGE - 1);
         Ok(Self {
             ram_bytes: ram.0,
             least_ram_bytes: least,

@@ -75,7 +75,12 @@ fn parts() -> Parts {
     }
     let inputs =
         vec![Input { name: "linux".to_owned(), version: Some("6.1".to_owned()), sha256: sha256(b"linux") }];
-    Parts { image: kernel_image::tests::image(1 << 20, 1 << 16), tree, inputs }
+    Parts {
+        image: kernel_image::tests::image(1 << 20, 1 << 16),
+        image_path: "kernel/Image".into(),
+        tree,
+        inputs,
+    }
 }
 
 /// An error as a person sees it: message, snippet and help.
@@ -514,7 +519,7 @@ fn what_the_loader_relies_on_is_checked() {
     repo.profile("");
     let good = std::fs::read_to_string(repo.root().join("dts/vm.dts.j2")).unwrap();
     for (from, to, said) in [
-        ("reg = <0x4100000 0x200>", "reg = <0x4200000 0x200>", "virtio,mmio is 0xf4200000, not 0xf4100000"),
+        ("reg = <0xf4100000 0x200>", "reg = <0xf4200000 0x200>", "virtio,mmio is 0xf4200000, not 0xf4100000"),
         ("interrupts = <1>", "interrupts = <7>", "the interrupt of ns16550 is 0x7, not 0x1"),
         ("sifive,plic-1.0.0", "sifive,plic", "no node is compatible with sifive,plic-1.0.0"),
         ("<0x0 {{ ram_bytes }}>", "<0x1000 {{ ram_bytes }}>", "the start of memory is 0x1000"),
@@ -548,7 +553,7 @@ fn an_initrd_that_is_too_large_is_refused_with_the_figures() {
     let repo = with_overlay("description: x\n");
     repo.write("overlays/new/files/big", &"x".repeat(7 << 20));
     let said = shown(repo.assemble().err().unwrap());
-    says(&said, &["the initrd does not fit", "8 MiB", "Give each VM at least"]);
+    says(&said, &["the initrd is too large for 8 MiB of RAM", "the kernel takes 1114112", "The least is"]);
 }
 
 #[test]
@@ -560,6 +565,6 @@ fn a_kernel_that_is_none_is_refused() {
     {
         let parts = Parts { image, ..parts() };
         let said = shown(repo.plan().unwrap().assemble(&parts).err().unwrap());
-        says(&said, &["the kernel of the builder cannot be used", word]);
+        says(&said, &["kernel/Image: the kernel cannot be used", word]);
     }
 }
