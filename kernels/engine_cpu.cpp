@@ -639,3 +639,16 @@ extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail,
     run(cpu, before + request->budget);
     slice_end(m, before, *result);
 }
+
+// Writes guest-physical memory of a VM that no engine runs, as a device would. False: outside RAM, or no frame left.
+extern "C" bool machine_cpu_write(Vm *vm, Pool *pool, u32 pa, const u8 *from, u32 bytes) {
+    Machine m = {};
+    m.vm = vm, m.pool = pool;
+    m.table = (u32 *)(uintptr_t)vm->ram.table_ptr;
+    m.frames = (u8 *)(uintptr_t)pool->base_ptr;
+    u32 exit = vm->exit;
+    bool done = ram_has(m, pa, bytes) && ram_copy_in(m, pa, from, bytes);
+    vm->exit = exit;
+    if (done) vm->hart.reservation = NO_RESERVATION;
+    return done;
+}

@@ -55,7 +55,8 @@ FN Uop decode(u32 insn, u32 offset) {
         rs2 = insn >> 20 & 31;
     u32 f7 = insn >> 25;
     u32 imm_i = (u32)((i32)insn >> 20);
-    Uop illegal = uop(OP_ILLEGAL, 0, 0, 0, insn);
+    // stval gets the faulting instruction: of a 16-bit parcel, its 16 bits
+    Uop illegal = uop(OP_ILLEGAL, 0, 0, 0, (insn & 3) == 3 ? insn : insn & 0xffff);
     switch (opcode) {
     case 0x37: return uop(OP_LI, rd, 0, 0, insn & 0xfffff000);
     case 0x17: return uop(OP_AUIPC, rd, 0, 0, (insn & 0xfffff000) + offset); // relative to the page

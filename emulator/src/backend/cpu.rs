@@ -25,6 +25,7 @@ unsafe extern "C" {
         request: *const SliceRequest,
         result: *mut SliceResult,
     );
+    fn machine_cpu_write(vm: *mut Vm, pool: *mut Pool, pa: u32, from: *const u8, bytes: u32) -> bool;
 }
 
 /// How many VMs, with what, on how many threads.
@@ -170,6 +171,13 @@ impl CpuMachines {
     pub unsafe fn vm(&self, vm: u32) -> &mut Vm {
         // SAFETY: in bounds (checked), initialised by `start`; exclusive by the caller's promise.
         unsafe { &mut *self.inner.vm(vm) }
+    }
+
+    /// Writes guest-physical memory of a VM that is not in an engine. False: outside RAM, or no frame is left.
+    pub fn write_ram(&self, vm: u32, address: u32, bytes: &[u8]) -> bool {
+        let Ok(len) = u32::try_from(bytes.len()) else { return false };
+        // SAFETY: the VM is in bounds (checked) and in no engine; the machine bounds the address.
+        unsafe { machine_cpu_write(self.inner.vm(vm), self.inner.pool(), address, bytes.as_ptr(), len) }
     }
 
     /// Reads guest-physical memory of a VM that is not in an engine; zeroes beyond its RAM.
