@@ -336,8 +336,11 @@ fn compare(chain: &Chain, ours: &[u8], theirs: &[u8], name: &str) {
                 format!("scratch {:#x}", i - SCRATCH as usize)
             };
             let before = u32::from_le_bytes(chain.data[at + i..at + i + 4].try_into().unwrap());
-            message +=
-                &format!("{place}: machine {:08x}, {name} {:08x} (at first {before:08x})\n", value(a), value(b));
+            message += &format!(
+                "{place}: machine {:08x}, {name} {:08x} (at first {before:08x})\n",
+                value(a),
+                value(b)
+            );
         }
         panic!("{message}");
     }
