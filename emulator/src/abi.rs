@@ -57,7 +57,7 @@ pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
 pub const CODE_PAGES_PER_VM: u32 = 128;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
-pub const FRAME_PRIVATE: u32 = 1 << 31;
+pub const FRAME_PRIVATE: u32 = 0x8000_0000;
 /// Frame table entry: the frame number.
 pub const FRAME_MASK: u32 = (1 << 28) - 1;
 

@@ -1,6 +1,7 @@
 //! What a back end offers to the fleet. The fleet knows no more of a machine than this.
 
 pub mod cpu;
+pub mod nvrtc;
 
 use crate::abi::{SliceRequest, SliceResult};
 use crate::mailbox::MailboxRef;

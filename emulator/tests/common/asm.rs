@@ -207,10 +207,9 @@ pub fn disassemble(insn: u32) -> String {
                 "srai"
             }
         ),
-        0x13 => format!(
-            "{} x{rd}, x{rs1}, {imm_i}",
-            of(["addi", "", "slti", "sltiu", "xori", "", "ori", "andi"])
-        ),
+        0x13 => {
+            format!("{} x{rd}, x{rs1}, {imm_i}", of(["addi", "", "slti", "sltiu", "xori", "", "ori", "andi"]))
+        }
         0x33 => {
             let name = match f7 {
                 1 => of(["mul", "mulh", "mulhsu", "mulhu", "div", "divu", "rem", "remu"]),

@@ -49,13 +49,7 @@ impl Bench {
     }
 
     /// Several VMs; `private` limits the frames they may own together.
-    pub fn with(
-        vms: u32,
-        private: Option<u32>,
-        ram: u32,
-        pieces: Vec<(u32, Vec<u8>)>,
-        entry: u32,
-    ) -> Self {
+    pub fn with(vms: u32, private: Option<u32>, ram: u32, pieces: Vec<(u32, Vec<u8>)>, entry: u32) -> Self {
         let pieces =
             pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
         let boot = BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces };
@@ -214,7 +208,9 @@ impl Bench {
         for number in 0..pages {
             self.machines.read_ram(vm, number * 4096, &mut page);
             for word in page.chunks_exact(8) {
-                hash = (hash ^ u64::from_le_bytes(word.try_into().unwrap())).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
+                hash = (hash ^ u64::from_le_bytes(word.try_into().unwrap()))
+                    .wrapping_mul(0x0000_0100_0000_01b3)
+                    .rotate_left(23);
             }
         }
         hash

@@ -30,15 +30,7 @@ pub struct Queue {
 impl Queue {
     /// A queue whose three areas lie in one page.
     pub fn at(index: u32, num: u32, base: u32) -> Self {
-        Self {
-            index,
-            num,
-            desc: base,
-            avail: base + 0x400,
-            used: base + 0x800,
-            avail_idx: 0,
-            used_seen: 0,
-        }
+        Self { index, num, desc: base, avail: base + 0x400, used: base + 0x800, avail_idx: 0, used_seen: 0 }
     }
     pub fn setup(&self, b: &mut Bench) {
         reg(b, 0x030, self.index);
