@@ -183,6 +183,12 @@ impl UserBridge {
         running.thread.join().map_err(|_| Error::Failed)?
     }
 
+    /// Whether it serves. Once started it does until it is stopped, unless the system fails it: [`UserBridge::stop`] then
+    /// tells why.
+    pub fn is_serving(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.thread.is_finished())
+    }
+
     /// What passed so far. Can be read while the bridge runs and after it stopped.
     pub fn counters(&self) -> Arc<Counters> {
         self.counters.clone()
