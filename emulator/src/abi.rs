@@ -50,6 +50,12 @@ pub const RTC_IRQ: u32 = 3;
 /// First three bytes of every VM's MAC address; the VM number follows, big endian, in three bytes.
 pub const MAC_PREFIX: [u8; 3] = [0x02, 0x4c, 0x47];
 
+/// Bytes in one code page: 1,024 micro-ops of 8 bytes, the one that leads to the next page, and padding that keeps
+/// equal offsets of neighbouring pages in different cache sets.
+pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
+/// Code pages that a VM may have for frames of its own.
+pub const CODE_PAGES_PER_VM: u32 = 128;
+
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 1 << 31;
 /// Frame table entry: the frame number.
@@ -123,10 +129,12 @@ pub struct Hart {
     pub time_base: u64,
     /// See `time_base`: 0 in virtual time, 3 in real time.
     pub time_shift: u32,
-    /// Set by SBI set_timer, so that STIP can be cleared by moving the deadline.
+    /// `TIME_VIRTUAL` or `TIME_REAL`.
     pub time_mode: u32,
-    /// State of the entropy source behind the `seed` CSR.
-    pub entropy: [u64; 2],
+    /// Key of the entropy source behind the `seed` CSR; the host draws it afresh for every VM.
+    pub entropy_key: [u64; 2],
+    /// Words drawn from the entropy source.
+    pub entropy_count: u64,
     /// Copies of the last trap for diagnosis: cause, epc, tval.
     pub last_trap: [u32; 3],
     /// Padding.
@@ -235,6 +243,10 @@ pub struct VirtioNet {
     pub mac: [u8; 6],
     /// MTU in config space.
     pub mtu: u16,
+    /// 1 while the transmit queue waits for room in the mailbox.
+    pub tx_stalled: u32,
+    /// Padding.
+    pub reserved: u32,
     /// Frames given to the guest.
     pub rx_frames: u64,
     /// Bytes given to the guest.
@@ -283,10 +295,12 @@ pub struct Ram {
     pub pages: u32,
     /// Frames that belong to this VM alone.
     pub private_frames: u32,
-    /// Head of this VM's list of private code pages (CPU engine), or `u32::MAX`.
-    pub code_head: u32,
-    /// Length of that list.
-    pub code_len: u32,
+    /// Which of this VM's private code pages are in use, a bit each.
+    pub code_used: [u32; 4],
+    /// Where the search for a code page to evict goes on.
+    pub code_hand: u32,
+    /// Padding.
+    pub reserved: u32,
 }
 
 /// One virtual machine: all that a slice reads and writes, apart from frames and mailbox.
@@ -297,6 +311,8 @@ pub struct Vm {
     pub hart: Hart,
     /// Guest RAM.
     pub ram: Ram,
+    /// The engine that runs the VM in this slice; only that engine uses it.
+    pub engine_ptr: u64,
     /// VM number.
     pub number: u32,
     /// Exit of the last slice.
@@ -369,8 +385,14 @@ pub struct Pool {
     pub tail: u64,
     /// Frames in the pool; the ring's size.
     pub capacity: u32,
-    /// The frame of zeroes that fresh pages share.
-    pub zero_frame: u32,
+    /// Frames below this number are shared by all VMs and never written.
+    pub shared_frames: u32,
+    /// Code page of each frame plus one (`u32` each), or 0: decoded instructions, see `kernels/code.cuh`.
+    pub code_of_ptr: u64,
+    /// Frame of each code page (`u32` each).
+    pub code_frame_ptr: u64,
+    /// The code pages, `CODE_PAGE_BYTES` each: first `CODE_PAGES_PER_VM` for each VM, then one for each shared frame.
+    pub code_ptr: u64,
 }
 
 /// What the host asks of one slice.
@@ -415,4 +437,8 @@ pub struct SliceResult {
     pub pc: u32,
     /// Last trap: cause, epc, tval.
     pub last_trap: [u32; 3],
+    /// Code pages for frames of the VM's own.
+    pub code_pages: u32,
+    /// Padding.
+    pub reserved: u32,
 }

@@ -1,5 +1,7 @@
 //! What a back end offers to the fleet. The fleet knows no more of a machine than this.
 
+pub mod cpu;
+
 use crate::abi::{SliceRequest, SliceResult};
 use crate::mailbox::MailboxRef;
 
@@ -48,7 +50,7 @@ pub trait Machines: Send + Sync {
     /// Number of VMs; they are numbered from 0.
     fn vms(&self) -> u32;
     /// One engine for each worker. Called once.
-    fn engines(&self) -> Vec<Box<dyn Engine>>;
+    fn engines(&self) -> Result<Vec<Box<dyn Engine>>, EngineError>;
     /// The mailbox of a VM.
     fn mailbox(&self, vm: u32) -> MailboxRef<'_>;
     /// Memory in use now.

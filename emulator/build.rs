@@ -1,0 +1,111 @@
+//! Generates the C header of the ABI, with assertions of every size and offset, and compiles the CPU engine.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+#[path = "src/abi.rs"]
+#[allow(dead_code)]
+mod abi;
+
+/// Appends `static_assert`s for each structure; a field missing from a list does not compile.
+macro_rules! layouts {
+    ($out:ident, $($name:ident { $($field:ident),* $(,)? })*) => {$(
+        let _exhaustive = |$crate::abi::$name { $($field: _),* }: $crate::abi::$name| ();
+        let _ = writeln!(
+            $out,
+            "static_assert(sizeof({0}) == {1} && alignof({0}) == {2}, \"{0}\");",
+            stringify!($name), size_of::<abi::$name>(), align_of::<abi::$name>(),
+        );
+        $(let _ = writeln!(
+            $out,
+            "static_assert(__builtin_offsetof({0}, {1}) == {2}, \"{0}.{1}\");",
+            stringify!($name), stringify!($field), std::mem::offset_of!(abi::$name, $field),
+        );)*
+    )*};
+}
+
+/// The structures that kernels/ sees.
+const STRUCTURES: [&str; 13] = [
+    "Hart",
+    "Plic",
+    "Uart",
+    "Virtq",
+    "VirtioNet",
+    "Rtc",
+    "Ram",
+    "Vm",
+    "Slot",
+    "Mailbox",
+    "Pool",
+    "SliceRequest",
+    "SliceResult",
+];
+
+fn layout_assertions() -> String {
+    let mut out = String::from("\n");
+    layouts! { out,
+        Hart { x, pc, steps, trapped, mode, sstatus, sie, sip, stvec, scounteren, senvcfg, sscratch, sepc, scause, stval, satp, reservation, waiting, stimecmp, time_base, time_shift, time_mode, entropy_key, entropy_count, last_trap, reserved }
+        Plic { priority, level, pending, claimed, enable, threshold, reserved }
+        Uart { ier, fcr, lcr, mcr, scr, divisor, msr, lsr_errors, thre_pending, rx_len, tx_len, reserved, rx, tx, newline_instret, newlines }
+        Virtq { num, ready, desc, avail, used, last_avail, used_idx }
+        VirtioNet { queue, status, interrupt, device_sel, driver_sel, driver_features, queue_sel, generation, mac, mtu, tx_stalled, reserved, rx_frames, rx_bytes, tx_frames, tx_bytes, rx_dropped, tx_dropped, errors }
+        Rtc { epoch_ns, alarm_ns, latched_high, alarm_high, armed, irq_enabled, interrupt, reserved }
+        Ram { table_ptr, pages, private_frames, code_used, code_hand, reserved }
+        Vm { hart, ram, engine_ptr, number, exit, plic, uart, net, rtc }
+        Slot { len, data }
+        Mailbox { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail, out, input, rx, tx }
+        Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr }
+        SliceRequest { budget, now_ticks, time_mode, reserved }
+        SliceResult { exit, private_frames, steps, wake_ticks, time_ticks, instret, newline_instret, rx_frames, tx_frames, net_dropped, pc, last_trap, code_pages, reserved }
+    }
+    out
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    let kernels = PathBuf::from("../kernels");
+    println!("cargo::rerun-if-changed=src/abi.rs");
+    println!("cargo::rerun-if-changed=../kernels");
+
+    let config = cbindgen::Config {
+        language: cbindgen::Language::Cxx,
+        no_includes: true,
+        pragma_once: true,
+        header: Some("// Generated from emulator/src/abi.rs.\n#define ABI_ALIGNED(n) alignas(n)".into()),
+        layout: cbindgen::LayoutConfig { aligned_n: Some("ABI_ALIGNED".into()), ..Default::default() },
+        // cbindgen leaves out what no exported function names
+        export: cbindgen::ExportConfig {
+            include: STRUCTURES.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
+        },
+        constant: cbindgen::ConstantConfig { allow_static_const: false, ..Default::default() },
+        ..Default::default()
+    };
+    let mut header = Vec::new();
+    cbindgen::Builder::new().with_config(config).with_src("src/abi.rs").generate()?.write(&mut header);
+    let mut header = String::from_utf8(header)?;
+    header.push_str(&layout_assertions());
+    std::fs::write(out.join("abi.h"), header)?;
+
+    cc::Build::new()
+        .cpp(true)
+        .file(kernels.join("engine_cpu.cpp"))
+        .include(&kernels)
+        .include(&out)
+        .std("c++17")
+        .opt_level(2) // also in debug builds: the threaded code needs the compiler's tail calls
+        .debug(false)
+        .pic(true)
+        .flag("-fno-exceptions")
+        .flag("-fno-rtti")
+        .flag("-fno-strict-aliasing")
+        .flag("-fomit-frame-pointer")
+        .flag("-foptimize-sibling-calls")
+        .flag("-fno-stack-protector")
+        .flag_if_supported("-fcf-protection=none")
+        .flag("-Wno-unused-function")
+        .cpp_link_stdlib(None)
+        .warnings(true)
+        .try_compile("machine")?;
+    Ok(())
+}

@@ -1,0 +1,268 @@
+//! A bench for the machine: RAM with hand-assembled code, exact steps, and accesses from the driver's side.
+#![allow(dead_code)]
+
+pub mod asm;
+pub mod net;
+
+use asm::*;
+use emulator::abi::{EXIT_BUDGET, Hart, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
+use emulator::backend::cpu::{Config, CpuMachines};
+use emulator::backend::{Engine, Machines, Slice};
+use emulator::mailbox::MailboxRef;
+use emulator::memory::{BootMemory, Piece};
+
+/// Where programs start unless a test says otherwise.
+pub const CODE: u32 = 0x1000;
+/// One instruction that accesses a device is put here; tests leave the first page alone.
+const STUB: u32 = 0x0;
+
+pub const MODE_U: u32 = 0;
+pub const MODE_S: u32 = 1;
+pub const SSTATUS_SIE: u32 = 1 << 1;
+pub const SSTATUS_SPIE: u32 = 1 << 5;
+pub const SSTATUS_SPP: u32 = 1 << 8;
+pub const SSTATUS_SUM: u32 = 1 << 18;
+pub const SSTATUS_MXR: u32 = 1 << 19;
+pub const SSI: u32 = 1 << 1;
+pub const STI: u32 = 1 << 5;
+pub const SEI: u32 = 1 << 9;
+
+/// Words as little-endian bytes.
+pub fn bytes(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A small fleet under test. Methods without a VM number are about VM 0.
+pub struct Bench {
+    pub machines: CpuMachines,
+    engine: Box<dyn Engine>,
+    /// Time mode of the slices.
+    pub time_mode: u32,
+    /// Host time of the slices in guest ticks, in real time.
+    pub now_ticks: u64,
+}
+
+impl Bench {
+    /// One VM with `ram` bytes and the program at [`CODE`], where it starts in S mode.
+    pub fn new(ram: u32, program: &[u32]) -> Self {
+        Self::with(1, None, ram, vec![(CODE, bytes(program))], CODE)
+    }
+
+    /// Several VMs; `private` limits the frames they may own together.
+    pub fn with(
+        vms: u32,
+        private: Option<u32>,
+        ram: u32,
+        pieces: Vec<(u32, Vec<u8>)>,
+        entry: u32,
+    ) -> Self {
+        let pieces =
+            pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
+        let boot = BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces };
+        let config = Config {
+            boot,
+            vms,
+            threads: 1,
+            private_frames: private,
+            epoch_ns: 1_700_000_000_000_000_000,
+            seed: Some(7),
+        };
+        let machines = CpuMachines::new(config).unwrap();
+        let engine = machines.engines().unwrap().remove(0);
+        Self { machines, engine, time_mode: TIME_VIRTUAL, now_ticks: 0 }
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    pub fn vm_of(&self, vm: u32) -> &mut Vm {
+        // SAFETY: `slice_of` takes `&mut self`, and tests use the reference for single accesses in between.
+        unsafe { self.machines.vm(vm) }
+    }
+    #[allow(clippy::mut_from_ref)]
+    pub fn vm(&self) -> &mut Vm {
+        self.vm_of(0)
+    }
+    #[allow(clippy::mut_from_ref)]
+    pub fn hart(&self) -> &mut Hart {
+        &mut self.vm().hart
+    }
+    pub fn x(&self, register: usize) -> u32 {
+        self.hart().x[register]
+    }
+    pub fn mail(&self) -> MailboxRef<'_> {
+        self.machines.mailbox(0)
+    }
+
+    /// One slice of at most `budget` steps.
+    pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
+        let request =
+            SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
+        let mut results = Vec::new();
+        self.engine.run(&[Slice { vm, request }], &mut results).unwrap();
+        results[0]
+    }
+    pub fn slice(&mut self, budget: u64) -> SliceResult {
+        self.slice_of(0, budget)
+    }
+    /// Exactly `steps` steps; the slice must not end early.
+    pub fn step(&mut self, steps: u64) -> SliceResult {
+        let result = self.slice(steps);
+        assert_eq!((result.exit, result.steps), (EXIT_BUDGET, steps), "at pc {:#x}", self.hart().pc);
+        result
+    }
+    /// Runs step by step until the hart is at `pc`; panics after `most` steps.
+    pub fn run_to(&mut self, pc: u32, most: u64) {
+        for _ in 0..most {
+            if self.hart().pc == pc {
+                return;
+            }
+            self.slice(1);
+        }
+        let h = self.hart();
+        panic!(
+            "pc {:#x} not reached in {most} steps: at {:#x}, last trap {:x?}, {:?}",
+            pc, h.pc, h.last_trap, h
+        );
+    }
+
+    pub fn write_of(&self, vm: u32, address: u32, bytes: &[u8]) {
+        assert!(self.machines.write_ram(vm, address, bytes), "write of {address:#x}");
+    }
+    pub fn write(&self, address: u32, bytes: &[u8]) {
+        self.write_of(0, address, bytes);
+    }
+    pub fn write32(&self, address: u32, value: u32) {
+        self.write(address, &value.to_le_bytes());
+    }
+    pub fn write16(&self, address: u32, value: u16) {
+        self.write(address, &value.to_le_bytes());
+    }
+    pub fn read(&self, address: u32, len: usize) -> Vec<u8> {
+        let mut into = vec![0; len];
+        self.machines.read_ram(0, address, &mut into);
+        into
+    }
+    pub fn read32(&self, address: u32) -> u32 {
+        let mut word = [0; 4];
+        self.machines.read_ram(0, address, &mut word);
+        u32::from_le_bytes(word)
+    }
+    pub fn read16(&self, address: u32) -> u16 {
+        self.read32(address) as u16
+    }
+
+    /// Puts code somewhere and sends the hart there in S mode with translation off.
+    pub fn start(&mut self, address: u32, program: &[u32]) {
+        self.write(address, &bytes(program));
+        let h = self.hart();
+        h.pc = address;
+        h.mode = MODE_S;
+        h.waiting = 0;
+    }
+
+    /// Runs one instruction of S mode beside what the hart is doing; `Err` is the cause and stval of its trap.
+    fn beside(&mut self, insn: u32, address: u32, value: u32) -> Result<u32, (u32, u32)> {
+        if self.read32(STUB) != insn {
+            self.write32(STUB, insn);
+        }
+        let saved = *self.hart();
+        let h = self.hart();
+        h.pc = STUB;
+        h.x[5] = address;
+        h.x[6] = value;
+        (h.mode, h.satp, h.sstatus, h.sie, h.waiting) = (MODE_S, 0, 0, 0, 0);
+        let result = self.slice(1);
+        assert_eq!(result.steps, 1);
+        let h = self.hart();
+        let outcome = if h.pc == STUB + 4 { Ok(h.x[6]) } else { Err((h.scause, h.stval)) };
+        let sip = h.sip;
+        *self.hart() = saved;
+        self.hart().sip = sip;
+        outcome
+    }
+    /// A load of `size` bytes, zero-extended.
+    pub fn load(&mut self, address: u32, size: u32) -> Result<u32, (u32, u32)> {
+        let insn = match size {
+            1 => lbu(6, 5, 0),
+            2 => lhu(6, 5, 0),
+            _ => lw(6, 5, 0),
+        };
+        self.beside(insn, address, 0)
+    }
+    pub fn store(&mut self, address: u32, size: u32, value: u32) -> Result<(), (u32, u32)> {
+        self.beside(store(size.trailing_zeros(), 6, 5, 0), address, value).map(|_| ())
+    }
+    /// Reads a device register of 32 bits.
+    pub fn get(&mut self, address: u32) -> u32 {
+        self.load(address, 4).unwrap()
+    }
+    pub fn set(&mut self, address: u32, value: u32) {
+        self.store(address, 4, value).unwrap();
+    }
+    /// `sip` as the guest reads it.
+    pub fn sip(&mut self) -> u32 {
+        self.beside(csrr(6, SIP), 0, 0).unwrap()
+    }
+    pub fn external_interrupt(&mut self) -> bool {
+        self.sip() & SEI != 0
+    }
+
+    /// A hash of a VM's RAM.
+    pub fn ram_hash(&self, vm: u32) -> u64 {
+        let pages = self.vm_of(vm).ram.pages;
+        let mut page = [0; 4096];
+        let mut hash = 0xcbf2_9ce4_8422_2325u64;
+        for number in 0..pages {
+            self.machines.read_ram(vm, number * 4096, &mut page);
+            for word in page.chunks_exact(8) {
+                hash = (hash ^ u64::from_le_bytes(word.try_into().unwrap())).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23);
+            }
+        }
+        hash
+    }
+    /// All architectural state of the hart as words (the sink register is no state).
+    pub fn state(&self, vm: u32) -> Vec<u64> {
+        let h = &self.vm_of(vm).hart;
+        let mut state: Vec<u64> = h.x[..32].iter().map(|x| u64::from(*x)).collect();
+        state.extend([h.pc, h.mode, h.sstatus, h.sie, h.sip, h.stvec, h.scounteren].map(u64::from));
+        state.extend([h.senvcfg, h.sscratch, h.sepc, h.scause, h.stval, h.satp].map(u64::from));
+        state.extend([h.reservation, h.waiting].map(u64::from));
+        state.extend([h.steps, h.trapped, h.stimecmp, h.time_base, h.entropy_count]);
+        state
+    }
+}
+
+/// A small deterministic generator (SplitMix64).
+#[derive(Clone)]
+pub struct Random(pub u64);
+impl Random {
+    /// The seed of the run: fixed, unless the variable MACHINE_SEED says otherwise.
+    pub fn seeded(stream: u64) -> Self {
+        let seed = std::env::var("MACHINE_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1u64);
+        Self(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ stream)
+    }
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    pub fn word(&mut self) -> u32 {
+        self.next() as u32
+    }
+    pub fn below(&mut self, n: u32) -> u32 {
+        (self.next() % u64::from(n)) as u32
+    }
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u32) as usize]
+    }
+    /// An operand: often at an edge.
+    pub fn operand(&mut self) -> u32 {
+        match self.below(4) {
+            0 => self.pick(&[0, 1, 2, 0xffff_ffff, 0x8000_0000, 0x7fff_ffff, 0x8000_0001, 31, 32, 0xffff]),
+            1 => self.below(256).wrapping_sub(128),
+            2 => 1 << self.below(32),
+            _ => self.word(),
+        }
+    }
+}
