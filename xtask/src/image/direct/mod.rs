@@ -5,7 +5,7 @@
 //! built is told by a script in buildroot-external/package; this module only decides what is to be built, and when.
 
 mod apt;
-mod host;
+pub mod host;
 mod kconfig;
 mod make;
 mod package;
