@@ -7,6 +7,8 @@
 mod apt;
 pub mod host;
 mod kconfig;
+#[cfg(test)]
+mod lg_init;
 mod make;
 mod package;
 mod plan;
