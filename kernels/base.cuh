@@ -85,7 +85,9 @@ enum Event : u32 {
     EV_CHECK = 2, // an interrupt may have become deliverable, or a deadline has moved
     EV_MODE = 4,  // privilege mode or SUM changed: another set of translations applies
     EV_FLUSH = 8, // cached translations are stale: satp, SFENCE.VMA, MXR, a frame moved, code was overwritten
-    EV_EXIT = 16, // vm.exit is set: the slice ends after this instruction
+    EV_FLUSH_PAGE = 32, // translations of the page at flush_va are stale; of its 4 MiB if it was a large page
+    EV_FLUSH_FRAME = 64, // translations to flush_frame and decoded code of flush_code are stale
+    EV_EXIT = 16,        // vm.exit is set: the slice ends after this instruction
 };
 
 // One VM as its engine sees it during a slice.
@@ -95,7 +97,33 @@ struct Machine {
     Mailbox *mail;
     u32 *table; // frame table
     u8 *frames; // the pool's base
-    u32 events; // Event bits that have come up and that the engine has not handled yet
+    u32 flush_va;
+    u32 flush_frame;
+    u32 flush_code; // code page plus one, or 0
+    u32 events;     // Event bits that have come up and that the engine has not handled yet
 };
+
+// Translations to a frame, and to its code page (plus one, or 0), no longer hold.
+FN void forget_frame(Machine &m, u32 frame, u32 code) {
+    if (m.events & EV_FLUSH_FRAME) m.events |= EV_FLUSH;
+    m.events |= EV_FLUSH_FRAME;
+    m.flush_frame = frame, m.flush_code = code;
+}
+
+// Frames and code pages are copied and cleared as words of 8 bytes.
+FN void copy_words(u64 *to, const u64 *from, u32 words) {
+#if MACHINE_GPU
+    for (u32 i = 0; i < words; i++) to[i] = from[i];
+#else
+    __builtin_memcpy(to, from, words * 8);
+#endif
+}
+FN void clear_words(u64 *to, u32 words) {
+#if MACHINE_GPU
+    for (u32 i = 0; i < words; i++) to[i] = 0;
+#else
+    __builtin_memset(to, 0, words * 8);
+#endif
+}
 
 FN u64 guest_ticks(const Hart &hart) { return hart.time_base + (hart.steps >> hart.time_shift); }

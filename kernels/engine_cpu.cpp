@@ -13,14 +13,17 @@
 
 namespace {
 
+// Kept out of the handlers that jump to them, which would have to save registers otherwise.
+#define OUT_OF_LINE __attribute__((noinline, cold))
+
 struct TlbEntry {
     u32 read, write; // virtual page, or INVALID
     u64 addend;      // host address minus virtual address
 };
 struct FetchEntry {
-    u32 page; // virtual page, or INVALID
-    u32 reserved;
-    const Uop *ops;
+    u32 page;  // virtual page, or INVALID
+    u32 delta; // see above
+    u64 bias;  // the micro-op of address a is at bias + 2 * a
 };
 
 #define TLB_ENTRIES 256u
@@ -38,6 +41,9 @@ struct Cpu {
     Tlb tlb[3];
     Machine machine;
     u64 limit; // steps at which the run ends
+    // Range of addresses translated through 4 MiB pages since the last flush: one of them may sit in many
+    // entries.
+    u32 large_first, large_last;
 };
 
 struct Handler {
@@ -53,19 +59,44 @@ struct Handler {
         at++;                                                                                                \
         DISPATCH;                                                                                            \
     } while (0)
+#define INLINE inline __attribute__((always_inline))
 
-// Micro-ops that only this engine has: jumps backwards, and pairs fused into one.
+// Micro-ops that only this engine has: jumps backwards, and runs of words stored or loaded at one base.
 #define CPU_ONLY_OPS(X)                                                                                      \
     X(BEQ_BACK)                                                                                              \
-    X(BNE_BACK) X(BLT_BACK) X(BGE_BACK) X(BLTU_BACK) X(BGEU_BACK) X(JAL_BACK) X(LI_PAIR) X(AUIPC_PAIR)
+    X(BNE_BACK) X(BLT_BACK) X(BGE_BACK) X(BLTU_BACK) X(BGEU_BACK) X(JAL_BACK) X(SW_RUN2) X(SW_RUN3)          \
+        X(SW_RUN4) X(LW_RUN2) X(LW_RUN3) X(LW_RUN4)
+
+// Pairs of neighbours that run with one dispatch: the most frequent ones of a Linux boot.
+#define PAIRS(X)                                                                                             \
+    X(ADDI, ADDI)                                                                                            \
+    X(ADDI, SW) X(ADDI, JAL_BACK) X(ADDI, JALR) X(ADDI, BLTU_BACK) X(ADDI, JAL_FAR) X(ADDI, LW) X(ADDI, LI)  \
+        X(ADDI, SLLI) X(ADDI, ADD) X(ADDI, BEQ) X(ADDI, BNE) X(ADDI, BNE_BACK) X(ADDI, ANDI) X(ADDI, JAL)    \
+            X(LW, ADDI) X(LW, LI) X(LW, ANDI) X(LW, ADD) X(LW, SW) X(LW, BNE) X(LW, BEQ) X(LW, SLLI)         \
+                X(LW, LW) X(LW, JALR) X(SW, ADDI) X(SW, LW) X(SW, JAL_BACK) X(SW, LI) X(SW, SW)              \
+                    X(SW, JAL_FAR) X(SW, JAL) X(LI, ADDI) X(LI, LI) X(LI, AND) X(LI, LW) X(LI, SW)           \
+                        X(LI, BNE) X(LI, BEQ) X(LI, JAL_FAR) X(LI, JAL) X(LI, ADD) X(SLLI, ADD) X(SLLI, OR)  \
+                            X(SLLI, SRAI) X(SLLI, SRLI) X(SRLI, SLLI) X(SRLI, OR) X(SRLI, ANDI) X(ADD, LW)   \
+                                X(ADD, XOR) X(ADD, ADD) X(ADD, ADDI) X(ADD, LBU) X(ADD, JALR) X(ADD, SW)     \
+                                    X(ADD, SLLI) X(LBU, BNE) X(LBU, BEQ) X(LBU, LBU) X(LBU, ADDI)            \
+                                        X(LBU, ANDI) X(LBU, SLLI) X(LBU, SB) X(ANDI, BEQ) X(ANDI, BNE)       \
+                                            X(ANDI, ADDI) X(OR, ADD) X(OR, SLLI) X(OR, SW) X(OR, OR)         \
+                                                X(XOR, SRLI) X(XOR, SLLI) X(AND, BEQ) X(AND, BNE)            \
+                                                    X(AND, SUB) X(AND, BGE) X(AUIPC, JALR) X(AUIPC, ADDI)    \
+                                                        X(AUIPC, LW) X(SB, ADDI) X(SUB, ADDI) X(SRAI, ADDI)  \
+                                                            X(LH, LI) X(LHU, SLLI) X(SLTU, ADD)
 
 enum CpuOp : u32 {
     OP_CPU_BASE = OP_COUNT - 1,
 #define X(name) OP_##name,
     CPU_ONLY_OPS(X)
 #undef X
-        OP_CPU_COUNT
+#define X(first, second) OP_##first##_##second,
+        PAIRS(X)
+#undef X
+            OP_CPU_COUNT
 };
+static_assert(OP_CPU_COUNT <= 256, "a micro-op's code is one byte");
 
 extern const Handler FAST[256];
 extern const Handler EXACT[256];
@@ -74,13 +105,29 @@ extern const Handler EXACT[256];
 
 inline i64 position(const Uop *at) { return (i64)((uintptr_t)at >> 3); }
 inline u32 pc_of(const Uop *at, u32 delta) { return (u32)((uintptr_t)at >> 1) + delta; }
+inline TlbEntry &entry_of(Tlb *tlb, u32 va) {
+    return *(TlbEntry *)((char *)tlb->data + (va >> 8 & (TLB_ENTRIES - 1) * sizeof(TlbEntry)));
+}
+inline FetchEntry &fetch_of(Tlb *tlb, u32 va) {
+    return *(FetchEntry *)((char *)tlb->fetch + (va >> 8 & (FETCH_ENTRIES - 1) * sizeof(FetchEntry)));
+}
+static_assert(sizeof(TlbEntry) == 16 && sizeof(FetchEntry) == 16, "entries are indexed by a shift of 12 - 4");
+inline bool fetch_hit(Tlb *tlb, u32 target) {
+    return LIKELY((target & (PAGE_MASK | 3)) == fetch_of(tlb, target).page);
+}
+inline void note_large(Cpu *cpu, const Walk &w, u32 va) {
+    if (!w.is_leaf_large) return;
+    u32 first = va & ~0x3fffffu, last = va | 0x3fffffu;
+    if (first < cpu->large_first) cpu->large_first = first;
+    if (last > cpu->large_last) cpu->large_last = last;
+}
 inline Vm *vm_of(u32 *x) { return (Vm *)x; }
 static_assert(__builtin_offsetof(Vm, hart) == 0 && __builtin_offsetof(Hart, x) == 0, "x leads to the VM");
 inline Cpu *cpu_of(u32 *x) { return (Cpu *)(uintptr_t)vm_of(x)->engine_ptr; }
 
 inline bool near_limit(const Uop *at, i64 count) { return count + position(at) > -WINDOW; }
 
-void to_exact(ARGUMENTS) {
+OUT_OF_LINE void to_exact(ARGUMENTS) {
     table = EXACT;
     DISPATCH;
 }
@@ -110,135 +157,111 @@ inline bool settled(Cpu *cpu) {
     return false;
 }
 
-template <u32 OP> void op_alu(ARGUMENTS) {
-    x[at->rd] = alu<OP>(x[at->rs1], x[at->rs2]);
-    NEXT;
-}
-template <u32 OP> void op_alu_imm(ARGUMENTS) {
-    x[at->rd] = alu<OP>(x[at->rs1], at->imm);
-    NEXT;
-}
-void op_li(ARGUMENTS) {
-    x[at->rd] = at->imm;
-    NEXT;
-}
-void op_li_pair(ARGUMENTS) {
-    x[at->rd] = at->imm;
-    at += 2;
-    DISPATCH;
-}
-void op_auipc(ARGUMENTS) {
-    x[at->rd] = (pc_of(at, delta) & PAGE_MASK) + at->imm;
-    NEXT;
-}
-void op_auipc_pair(ARGUMENTS) {
-    x[at->rd] = (pc_of(at, delta) & PAGE_MASK) + at->imm;
-    at += 2;
-    DISPATCH;
-}
-void op_fence(ARGUMENTS) { NEXT; }
+// -- Cached translations
+// -----------------------------------------------------------------------------------------
 
-void load_slow(ARGUMENTS) {
+const Uop *code_page(const Machine &m, u32 page) {
+    return (const Uop *)(uintptr_t)(m.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
+}
+
+void flush(Cpu *cpu) {
+    for (Tlb &tlb : cpu->tlb) {
+        for (TlbEntry &e : tlb.data) e = {INVALID, INVALID, 0};
+        for (FetchEntry &f : tlb.fetch) f = {INVALID, 0, 0};
+    }
+    cpu->large_first = ~0u, cpu->large_last = 0;
+}
+
+void flush_page(Cpu *cpu, u32 va) {
+    if (va >= cpu->large_first && va <= cpu->large_last) return flush(cpu);
+    for (Tlb &tlb : cpu->tlb) {
+        TlbEntry &e = entry_of(&tlb, va);
+        if (((e.read ^ va) & PAGE_MASK) == 0 || ((e.write ^ va) & PAGE_MASK) == 0) e = {INVALID, INVALID, 0};
+        FetchEntry &f = fetch_of(&tlb, va);
+        if (((f.page ^ va) & PAGE_MASK) == 0) f = {INVALID, 0, 0};
+    }
+}
+
+void flush_frame(Cpu *cpu) {
+    const Machine &m = cpu->machine;
+    u64 host = (u64)(uintptr_t)m.frames + (u64)m.flush_frame * FRAME_BYTES;
+    u64 ops = m.flush_code ? (u64)(uintptr_t)code_page(m, m.flush_code - 1) : 0;
+    for (Tlb &tlb : cpu->tlb) {
+        for (TlbEntry &e : tlb.data)
+            if (e.addend + (e.read & PAGE_MASK) == host) e = {INVALID, INVALID, 0};
+        if (!ops) continue;
+        for (FetchEntry &f : tlb.fetch)
+            if (f.bias + 2 * (u64)(f.page & PAGE_MASK) == ops) f = {INVALID, 0, 0};
+    }
+}
+
+// Makes cached translations true again.
+void forget_stale(Cpu *cpu) {
+    u32 events = cpu->machine.events;
+    if (LIKELY(!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME)))) return;
+    if (events & EV_FLUSH) {
+        flush(cpu);
+    } else {
+        if (events & EV_FLUSH_PAGE) flush_page(cpu, cpu->machine.flush_va);
+        if (events & EV_FLUSH_FRAME) flush_frame(cpu);
+    }
+    cpu->machine.events &= ~(EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME);
+}
+
+// -- Operations out of line
+// --------------------------------------------------------------------------------------
+
+template <u32 OP> OUT_OF_LINE void load_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     Machine &m = cpu->machine;
-    u32 op = at->op, size = access_bytes(op), va = x[at->rs1] + at->imm, value;
-    if (!(va & (size - 1))) {
+    u32 va = x[at->rs1] + at->imm, value;
+    if (!(va & (access_bytes(OP) - 1))) {
         Walk w = translate(m, va, ACCESS_LOAD);
         const u8 *host = !w.cause && !(w.pa >> 32) ? ram_read_at(m, (u32)w.pa) : 0;
-        if (host && !m.events) {
-            TlbEntry &e = tlb->data[va >> 12 & (TLB_ENTRIES - 1)];
-            e.read = va & PAGE_MASK, e.write = INVALID, e.addend = (u64)(uintptr_t)host - va;
+        if (LIKELY(host && !m.events)) {
+            note_large(cpu, w, va);
+            entry_of(tlb, va) = {va & PAGE_MASK, INVALID, (u64)(uintptr_t)host - va};
+            return FAST[OP].run(STATE);
         }
     }
-    if (!load_any(m, va, size, value)) {
+    if (!load_any(m, va, access_bytes(OP), value)) {
         settled(cpu);
         return;
     }
-    switch (op) {
-    case OP_LB: value = extend<OP_LB>(value); break;
-    case OP_LH: value = extend<OP_LH>(value); break;
-    default: break;
-    }
-    x[at->rd] = value;
+    x[at->rd] = extend<OP>(value);
     if (settled(cpu)) NEXT;
 }
 
-void store_slow(ARGUMENTS) {
+template <u32 OP> OUT_OF_LINE void store_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     Machine &m = cpu->machine;
-    u32 size = access_bytes(at->op), va = x[at->rs1] + at->imm;
-    bool done = store_any(m, va, size, x[at->rs2]);
-    if (!settled(cpu)) return;
-    if (done && !(va & (size - 1))) {
+    u32 va = x[at->rs1] + at->imm;
+    if (!(va & (access_bytes(OP) - 1))) {
         Walk w = translate(m, va, ACCESS_STORE);
-        if (!w.cause && !(w.pa >> 32) && w.pa / FRAME_BYTES < m.vm->ram.pages) {
-            u32 entry = m.table[w.pa / FRAME_BYTES];
-            if ((entry & FRAME_PRIVATE) && !code_of(m)[entry & FRAME_MASK]) {
-                TlbEntry &e = tlb->data[va >> 12 & (TLB_ENTRIES - 1)];
-                e.read = e.write = va & PAGE_MASK;
-                e.addend = (u64)(uintptr_t)(frame_at(m, entry & FRAME_MASK) + w.pa % FRAME_BYTES) - va;
-            }
+        u8 *host = !w.cause && !(w.pa >> 32) ? ram_write_at(m, (u32)w.pa) : 0;
+        if (LIKELY(host && !(m.events & EV_FLUSH))) {
+            // If the frame held code, that is forgotten now: the code that runs must be looked up again.
+            bool held_code = (m.events & EV_FLUSH_FRAME) && m.flush_code;
+            forget_stale(cpu);
+            note_large(cpu, w, va);
+            entry_of(tlb, va) = {va & PAGE_MASK, va & PAGE_MASK, (u64)(uintptr_t)host - va};
+            if (LIKELY(!held_code && !m.events)) return FAST[OP].run(STATE);
+            m.events |= EV_CHECK;
         }
     }
-    NEXT;
-}
-
-template <u32 SIZE> struct Width;
-template <> struct Width<1> { typedef u8 Type; };
-template <> struct Width<2> { typedef u16 Type; };
-template <> struct Width<4> { typedef u32 Type; };
-
-template <u32 OP, u32 SIZE> void op_load(ARGUMENTS) {
-    typedef typename Width<SIZE>::Type T;
-    u32 va = x[at->rs1] + at->imm;
-    const TlbEntry &e = tlb->data[va >> 12 & (TLB_ENTRIES - 1)];
-    if (UNLIKELY((va & (PAGE_MASK | (SIZE - 1))) != e.read)) return load_slow(STATE);
-    x[at->rd] = extend<OP>(*(const T *)(uintptr_t)(e.addend + va));
-    NEXT;
-}
-template <u32 SIZE> void op_store(ARGUMENTS) {
-    typedef typename Width<SIZE>::Type T;
-    u32 va = x[at->rs1] + at->imm;
-    const TlbEntry &e = tlb->data[va >> 12 & (TLB_ENTRIES - 1)];
-    if (UNLIKELY((va & (PAGE_MASK | (SIZE - 1))) != e.write)) return store_slow(STATE);
-    *(T *)(uintptr_t)(e.addend + va) = (T)x[at->rs2];
-    NEXT;
-}
-
-void atomic_slow(ARGUMENTS) {
-    Cpu *cpu = sync(STATE);
-    u32 value;
-    if (atomic(cpu->machine, at->op, x[at->rs1], x[at->rs2], value)) x[at->rd] = value;
+    store_any(m, va, access_bytes(OP), x[at->rs2]);
     if (settled(cpu)) NEXT;
 }
-template <u32 OP> void op_amo(ARGUMENTS) {
-    u32 va = x[at->rs1];
-    const TlbEntry &e = tlb->data[va >> 12 & (TLB_ENTRIES - 1)];
-    if (UNLIKELY((va & (PAGE_MASK | 3)) != e.write)) return atomic_slow(STATE);
-    u32 *word = (u32 *)(uintptr_t)(e.addend + va);
-    u32 old = *word;
-    *word = amo<OP>(old, x[at->rs2]);
-    x[at->rd] = old;
-    NEXT;
-}
 
-// Sends the hart to `target`, which the caller has counted. A miss leaves it to the driver.
-#define GO_TO(target)                                                                                        \
-    do {                                                                                                     \
-        i64 done = count + position(at) + 1;                                                                 \
-        const FetchEntry &f = tlb->fetch[(target) >> 12 & (FETCH_ENTRIES - 1)];                              \
-        at = f.ops + ((target) >> 2 & 1023);                                                                 \
-        delta = ((target)&PAGE_MASK) - (u32)((uintptr_t)f.ops >> 1);                                         \
-        count = done - position(at);                                                                         \
-        CHECK_LIMIT;                                                                                         \
-        DISPATCH;                                                                                            \
-    } while (0)
-inline bool fetch_hit(const Tlb *tlb, u32 target) {
-    return LIKELY((target & (PAGE_MASK | 3)) == tlb->fetch[target >> 12 & (FETCH_ENTRIES - 1)].page);
+template <u32 OP> OUT_OF_LINE void atomic_slow(ARGUMENTS) {
+    Cpu *cpu = sync(STATE);
+    u32 value;
+    if (atomic(cpu->machine, OP, x[at->rs1], x[at->rs2], value)) x[at->rd] = value;
+    if (settled(cpu)) NEXT;
 }
 
 // A jump whose target is not cached, or misaligned.
-inline void jump_slow(u32 target, ARGUMENTS) {
+INLINE void jump_slow(u32 target, ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     if (target & 3) {
         take_exception(cpu->machine, CAUSE_FETCH_MISALIGNED, target);
@@ -250,74 +273,12 @@ inline void jump_slow(u32 target, ARGUMENTS) {
     }
     settled(cpu);
 }
-void jalr_slow(ARGUMENTS) { jump_slow((x[at->rs1] + at->imm) & ~1u, STATE); }
-void relative_slow(ARGUMENTS) { jump_slow(pc_of(at, delta) + at->imm, STATE); }
+OUT_OF_LINE void jalr_slow(ARGUMENTS) { jump_slow((x[at->rs1] + at->imm) & ~1u, STATE); }
+OUT_OF_LINE void relative_slow(ARGUMENTS) { jump_slow(pc_of(at, delta) + at->imm, STATE); }
 
-void op_jalr(ARGUMENTS) {
-    u32 target = (x[at->rs1] + at->imm) & ~1u;
-    if (!fetch_hit(tlb, target)) return jalr_slow(STATE);
-    x[at->rd] = pc_of(at, delta) + 4;
-    GO_TO(target);
-}
-void op_jal_far(ARGUMENTS) {
-    u32 target = pc_of(at, delta) + at->imm;
-    if (!fetch_hit(tlb, target)) return relative_slow(STATE);
-    x[at->rd] = pc_of(at, delta) + 4;
-    GO_TO(target);
-}
-#define GO_NEAR                                                                                              \
-    do {                                                                                                     \
-        i64 distance = (i32)at->imm >> 2;                                                                    \
-        count += 1 - distance;                                                                               \
-        at += distance;                                                                                      \
-    } while (0)
-void op_jal(ARGUMENTS) {
-    x[at->rd] = pc_of(at, delta) + 4;
-    GO_NEAR;
-    DISPATCH;
-}
-void op_jal_back(ARGUMENTS) {
-    x[at->rd] = pc_of(at, delta) + 4;
-    GO_NEAR;
-    CHECK_LIMIT;
-    DISPATCH;
-}
-template <u32 OP> void op_branch(ARGUMENTS) {
-    if (branch_taken<OP>(x[at->rs1], x[at->rs2])) {
-        GO_NEAR;
-        DISPATCH;
-    }
-    NEXT;
-}
-template <u32 OP> void op_branch_back(ARGUMENTS) {
-    if (branch_taken<OP>(x[at->rs1], x[at->rs2])) {
-        GO_NEAR;
-        CHECK_LIMIT;
-        DISPATCH;
-    }
-    NEXT;
-}
-template <u32 OP> void op_branch_far(ARGUMENTS) {
-    if (branch_taken<OP>(x[at->rs1], x[at->rs2])) {
-        u32 target = pc_of(at, delta) + at->imm;
-        if (!fetch_hit(tlb, target)) return relative_slow(STATE);
-        GO_TO(target);
-    }
-    NEXT;
-}
+OUT_OF_LINE void next_page_slow(ARGUMENTS) { sync(STATE); }
 
-// Straight-line code runs into the next page: no instruction, so no step. `at` is one past the page.
-void op_next_page(ARGUMENTS) {
-    u32 target = pc_of(at, delta);
-    if (!fetch_hit(tlb, target)) {
-        sync(STATE);
-        return;
-    }
-    count--; // GO_TO counts an instruction
-    GO_TO(target);
-}
-
-void op_csr(ARGUMENTS) {
+__attribute__((noinline)) void csr_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     Machine &m = cpu->machine;
     u32 result = 0;
@@ -337,134 +298,281 @@ void op_csr(ARGUMENTS) {
     }
     if (settled(cpu)) NEXT;
 }
-void op_system(ARGUMENTS) {
+OUT_OF_LINE void system_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    system_execute(cpu->machine, at->imm);
+    system_execute(cpu->machine, at->imm, x[at->rs1]);
     if (settled(cpu)) NEXT;
 }
-void op_illegal(ARGUMENTS) {
+OUT_OF_LINE void illegal_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     take_exception(cpu->machine, CAUSE_ILLEGAL, at->imm);
     settled(cpu);
 }
 
-const Uop *code_page(const Machine &m, u32 page) {
-    return (const Uop *)(uintptr_t)(m.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
-}
+// -- Decoding
+// ----------------------------------------------------------------------------------------------------
 
-// Fuses two instructions of one page where the pair is common and cannot trap.
-Uop fuse(Uop first, const u32 *words, u32 index) {
-    if (index + 1 >= 1024 || first.rd == SINK) return first;
-    Uop second = decode(words[index + 1], 4 * (index + 1));
-    bool chained = second.op == OP_ADDI && second.rd == first.rd && second.rs1 == first.rd;
-    if (!chained || (first.op != OP_LI && first.op != OP_AUIPC)) return first;
-    first.op = (u8)(first.op == OP_LI ? OP_LI_PAIR : OP_AUIPC_PAIR);
-    first.imm += second.imm;
-    return first;
-}
+struct PairTable {
+    u8 of[OP_SW_RUN2][OP_SW_RUN2]; // the pair's code, or 0
+    u8 first[256];                 // the first operation of a pair or run; other codes lead to themselves
+    constexpr PairTable() : of(), first() {
+        for (u32 i = 0; i < 256; i++) first[i] = (u8)i;
+#define X(a, b) of[OP_##a][OP_##b] = OP_##a##_##b, first[OP_##a##_##b] = OP_##a;
+        PAIRS(X)
+#undef X
+        for (u32 i = 0; i < 3; i++) first[OP_SW_RUN2 + i] = OP_SW, first[OP_LW_RUN2 + i] = OP_LW;
+    }
+};
+constexpr PairTable PAIR;
 
-Uop decode_at(Machine &m, const Uop *at, bool pairs) {
-    u64 offset = (u64)(uintptr_t)at - m.pool->code_ptr;
-    u32 page = (u32)(offset / CODE_PAGE_BYTES), index = (u32)(offset % CODE_PAGE_BYTES) / 8;
-    if (index >= 1024) return uop(OP_NEXT_PAGE, 0, 0, 0, 0);
-    const u32 *words = (const u32 *)frame_at(m, code_frame(m)[page]);
-    Uop u = decode(words[index], 4 * index);
-    if (u.op >= OP_BEQ && u.op <= OP_JAL && (i32)u.imm <= 0) u.op = (u8)(u.op - OP_BEQ + OP_BEQ_BACK);
-    return pairs ? fuse(u, words, index) : u;
-}
-
-void op_decode(ARGUMENTS) {
-    Cpu *cpu = cpu_of(x);
-    Uop u = decode_at(cpu->machine, at, true);
+void put(const Uop *at, Uop u) {
     u64 word;
     __builtin_memcpy(&word, &u, 8);
     __atomic_store_n((u64 *)at, word, __ATOMIC_RELEASE);
+}
+Uop decode_single(const u32 *words, u32 index) {
+    Uop u = decode(words[index], 4 * index);
+    if (u.op >= OP_BEQ && u.op <= OP_JAL && (i32)u.imm <= 0) u.op = (u8)(u.op - OP_BEQ + OP_BEQ_BACK);
+    return u;
+}
+
+#define BLOCK 32
+
+// Decodes from `at` to the next unconditional jump, the end of the page or a micro-op already decoded, BLOCK
+// at most, and joins neighbours where one dispatch can do for all of them. Each keeps its own slot and
+// operands: a jump may lead there.
+void decode_block(const Machine &m, const Uop *at) {
+    u64 offset = (u64)(uintptr_t)at - m.pool->code_ptr;
+    u32 page = (u32)(offset / CODE_PAGE_BYTES), index = (u32)(offset % CODE_PAGE_BYTES) / 8;
+    if (index >= 1024) return put(at, uop(OP_NEXT_PAGE, 0, 0, 0, 0));
+    u32 frame = ((const u32 *)(uintptr_t)m.pool->code_frame_ptr)[page];
+    const u32 *words = (const u32 *)(m.frames + (u64)frame * FRAME_BYTES);
+    Uop block[BLOCK];
+    u32 length = 0;
+    while (length < BLOCK && index + length < 1024 && (length == 0 || at[length].op == OP_DECODE)) {
+        Uop u = decode_single(words, index + length);
+        block[length++] = u;
+        if (u.op == OP_JALR || u.op == OP_JAL || u.op == OP_JAL_FAR || u.op == OP_JAL_BACK ||
+            u.op == OP_ILLEGAL)
+            break;
+    }
+    for (u32 i = length; i-- > 0;) { // backwards: what a joined micro-op needs is in place before it
+        Uop u = block[i];
+        u32 op = u.op;
+        if (i + 1 < length) u.op = PAIR.of[op][block[i + 1].op] ? PAIR.of[op][block[i + 1].op] : (u8)op;
+        if (op == OP_LW || op == OP_SW) {
+            // Words at ascending or descending addresses of one base, which no load of the run but the last
+            // replaces.
+            u32 run = 1;
+            while (run < 4 && i + run < length) {
+                const Uop &next = block[i + run], &previous = block[i + run - 1];
+                if (next.op != op || next.rs1 != u.rs1 || ((next.imm ^ u.imm) & 3)) break;
+                if (op == OP_LW && previous.rd == u.rs1) break;
+                if (run > 1 && ((i32)next.imm > (i32)previous.imm) != ((i32)previous.imm > (i32)u.imm)) break;
+                run++;
+            }
+            if (run > 1) u.op = (u8)((op == OP_SW ? OP_SW_RUN2 : OP_LW_RUN2) + run - 2);
+        }
+        put(at + i, u);
+    }
+}
+
+OUT_OF_LINE void decode_slow(ARGUMENTS) {
+    decode_block(cpu_of(x)->machine, at);
     DISPATCH;
 }
 
-// Near the limit: looks before every instruction. A fused pair that would overstep is run as its first half,
-// from a page of its own in which everything else hands back to the driver.
-void op_exact(ARGUMENTS) {
-    i64 left = -(count + position(at));
-    if (left <= 0) {
+// Near the limit: looks before every instruction, and takes pairs and runs apart.
+OUT_OF_LINE void exact(ARGUMENTS) {
+    if (count + position(at) >= 0) {
         sync(STATE);
         return;
     }
-    u32 op = at->op;
-    if (op == OP_DECODE) {
-        op_decode(x, at, count, delta, tlb, EXACT);
-        return;
-    }
-    if (left == 1 && (op == OP_LI_PAIR || op == OP_AUIPC_PAIR)) {
-        Cpu *cpu = sync(STATE);
-        Uop u = decode_at(cpu->machine, at, false);
-        x[u.rd] = (u.op == OP_AUIPC ? pc_of(at, delta) & PAGE_MASK : 0) + u.imm;
-        vm_of(x)->hart.pc += 4;
-        vm_of(x)->hart.steps++;
-        return;
-    }
-    return FAST[op].run(STATE);
+    if (at->op == OP_DECODE) decode_block(cpu_of(x)->machine, at);
+    return FAST[PAIR.first[at->op]].run(STATE);
 }
 
-#define H(name, handler) [OP_##name] = {handler}
+// -- Handlers
+// ----------------------------------------------------------------------------------------------------
+
+template <u32 OP> constexpr bool is_alu = OP >= OP_ADD &&OP <= OP_REMU;
+template <u32 OP> constexpr bool is_alu_imm = OP >= OP_ADDI &&OP <= OP_ANDI;
+template <u32 OP> constexpr bool is_load = OP >= OP_LB &&OP <= OP_LHU;
+template <u32 OP> constexpr bool is_store = OP >= OP_SB &&OP <= OP_SW;
+template <u32 OP>
+constexpr bool is_straight =
+    is_alu<OP> || is_alu_imm<OP> || is_load<OP> || is_store<OP> || OP == OP_LI || OP == OP_AUIPC;
+
+// What does not jump. False: the translation is not cached, nothing has happened.
+template <u32 OP> INLINE bool straight(u32 *x, const Uop *at, u32 delta, Tlb *tlb) {
+    if constexpr (OP == OP_LI) {
+        x[at->rd] = at->imm;
+    } else if constexpr (OP == OP_AUIPC) {
+        x[at->rd] = (pc_of(at, delta) & PAGE_MASK) + at->imm;
+    } else if constexpr (is_alu<OP>) {
+        x[at->rd] = alu<OP>(x[at->rs1], x[at->rs2]);
+    } else if constexpr (is_alu_imm<OP>) {
+        x[at->rd] = alu<OP>(x[at->rs1], at->imm);
+    } else {
+        u32 va = x[at->rs1] + at->imm;
+        const TlbEntry &e = entry_of(tlb, va);
+        u32 tag = is_load<OP> ? e.read : e.write;
+        if (UNLIKELY((va & (PAGE_MASK | (access_bytes(OP) - 1))) != tag)) return false;
+        void *host = (void *)(uintptr_t)(e.addend + va);
+        if constexpr (access_bytes(OP) == 4) {
+            if constexpr (is_load<OP>)
+                x[at->rd] = *(u32 *)host;
+            else
+                *(u32 *)host = x[at->rs2];
+        } else if constexpr (access_bytes(OP) == 2) {
+            if constexpr (is_load<OP>)
+                x[at->rd] = extend<OP>(*(u16 *)host);
+            else
+                *(u16 *)host = (u16)x[at->rs2];
+        } else {
+            if constexpr (is_load<OP>)
+                x[at->rd] = extend<OP>(*(u8 *)host);
+            else
+                *(u8 *)host = (u8)x[at->rs2];
+        }
+    }
+    return true;
+}
+
+// To an address: the fetch entry must have been found to hold it. `at` is the jump, which this counts.
+#define GO_TO(target)                                                                                        \
+    do {                                                                                                     \
+        i64 done = count + position(at) + 1;                                                                 \
+        const FetchEntry &f = fetch_of(tlb, target);                                                         \
+        at = (const Uop *)(uintptr_t)(f.bias + 2 * (u64)(target));                                           \
+        delta = f.delta;                                                                                     \
+        count = done - position(at);                                                                         \
+        CHECK_LIMIT;                                                                                         \
+        DISPATCH;                                                                                            \
+    } while (0)
+// Within the page.
+#define GO_NEAR                                                                                              \
+    do {                                                                                                     \
+        i64 distance = (i32)at->imm >> 2;                                                                    \
+        count += 1 - distance;                                                                               \
+        at += distance;                                                                                      \
+    } while (0)
+
+template <u32 OP> INLINE void body(ARGUMENTS) {
+    if constexpr (is_straight<OP>) {
+        if (UNLIKELY(!straight<OP>(x, at, delta, tlb))) {
+            if constexpr (is_load<OP>)
+                return load_slow<OP>(STATE);
+            else
+                return store_slow<OP>(STATE);
+        }
+        NEXT;
+    } else if constexpr (OP >= OP_BEQ && OP <= OP_BGEU) {
+        if (branch_taken<OP>(x[at->rs1], x[at->rs2])) {
+            GO_NEAR;
+            DISPATCH;
+        }
+        NEXT;
+    } else if constexpr (OP >= OP_BEQ_BACK && OP <= OP_BGEU_BACK) {
+        if (branch_taken<OP - OP_BEQ_BACK + OP_BEQ>(x[at->rs1], x[at->rs2])) {
+            GO_NEAR;
+            CHECK_LIMIT;
+            DISPATCH;
+        }
+        NEXT;
+    } else if constexpr (OP >= OP_BEQ_FAR && OP <= OP_BGEU_FAR) {
+        if (branch_taken<OP - OP_BEQ_FAR + OP_BEQ>(x[at->rs1], x[at->rs2])) {
+            u32 target = pc_of(at, delta) + at->imm;
+            if (!fetch_hit(tlb, target)) return relative_slow(STATE);
+            GO_TO(target);
+        }
+        NEXT;
+    } else if constexpr (OP == OP_JAL || OP == OP_JAL_BACK) {
+        x[at->rd] = pc_of(at, delta) + 4;
+        GO_NEAR;
+        if constexpr (OP == OP_JAL_BACK) CHECK_LIMIT;
+        DISPATCH;
+    } else if constexpr (OP == OP_JAL_FAR) {
+        u32 target = pc_of(at, delta) + at->imm;
+        if (!fetch_hit(tlb, target)) return relative_slow(STATE);
+        x[at->rd] = pc_of(at, delta) + 4;
+        GO_TO(target);
+    } else if constexpr (OP == OP_JALR) {
+        u32 target = (x[at->rs1] + at->imm) & ~1u;
+        if (!fetch_hit(tlb, target)) return jalr_slow(STATE);
+        x[at->rd] = pc_of(at, delta) + 4;
+        GO_TO(target);
+    } else if constexpr (OP >= OP_AMOSWAP && OP <= OP_AMOMAXU) {
+        u32 va = x[at->rs1];
+        const TlbEntry &e = entry_of(tlb, va);
+        if (UNLIKELY((va & (PAGE_MASK | 3)) != e.write)) return atomic_slow<OP>(STATE);
+        u32 *word = (u32 *)(uintptr_t)(e.addend + va);
+        u32 old = *word;
+        *word = amo<OP>(old, x[at->rs2]);
+        x[at->rd] = old;
+        NEXT;
+    } else if constexpr (OP == OP_LR || OP == OP_SC) {
+        return atomic_slow<OP>(STATE);
+    } else if constexpr (OP == OP_FENCE || OP == OP_FENCE_I) {
+        NEXT; // one hart in order; code pages follow stores at once
+    } else if constexpr (OP == OP_NEXT_PAGE) {
+        // Straight-line code runs into the next page: no instruction, so no step. `at` is one past the page.
+        u32 target = pc_of(at, delta);
+        if (!fetch_hit(tlb, target)) return next_page_slow(STATE);
+        count--; // GO_TO counts an instruction
+        GO_TO(target);
+    } else if constexpr (OP >= OP_SW_RUN2 && OP <= OP_LW_RUN4) {
+        // Words at one base, all in one page.
+        constexpr bool store = OP <= OP_SW_RUN4;
+        constexpr u32 n = 2 + OP - (store ? OP_SW_RUN2 : OP_LW_RUN2);
+        u32 base = x[at->rs1], first = base + at->imm, last = base + at[n - 1].imm;
+        const TlbEntry &e = entry_of(tlb, first);
+        if (UNLIKELY((first & (PAGE_MASK | 3)) != (store ? e.write : e.read) || ((first ^ last) & PAGE_MASK)))
+            return FAST[store ? OP_SW : OP_LW].run(STATE);
+        u64 host = e.addend;
+        for (u32 i = 0; i < n; i++) {
+            u32 *word = (u32 *)(uintptr_t)(host + (u32)(base + at[i].imm));
+            if constexpr (store)
+                *word = x[at[i].rs2];
+            else
+                x[at[i].rd] = *word;
+        }
+        at += n;
+        DISPATCH;
+    } else if constexpr (OP == OP_CSR) {
+        return csr_slow(STATE);
+    } else if constexpr (OP == OP_SYSTEM) {
+        return system_slow(STATE);
+    } else if constexpr (OP == OP_DECODE) {
+        return decode_slow(STATE);
+    } else {
+        static_assert(OP == OP_ILLEGAL, "every micro-op has a handler");
+        return illegal_slow(STATE);
+    }
+}
+template <u32 OP> void handler(ARGUMENTS) { return body<OP>(STATE); }
+
+template <u32 A, u32 B> void pair(ARGUMENTS) {
+    static_assert(is_straight<A>, "the first of a pair does not jump");
+    if (UNLIKELY(!straight<A>(x, at, delta, tlb))) return FAST[A].run(STATE);
+    at++;
+    return body<B>(STATE);
+}
+
 const Handler FAST[256] = {
-    H(DECODE, (op_decode)),
-    H(NEXT_PAGE, (op_next_page)),
-    H(ILLEGAL, (op_illegal)),
-#define X(name) H(name, (op_alu<OP_##name>)),
-    ALU_OPS(X)
+#define X(name) {handler<OP_##name>},
+    ALL_OPS(X) CPU_ONLY_OPS(X)
 #undef X
-#define X(name) H(name, (op_alu_imm<OP_##name>)),
-        ALU_IMM_OPS(X)
+#define X(a, b) {pair<OP_##a, OP_##b>},
+        PAIRS(X)
 #undef X
-            H(LI, (op_li)),
-    H(AUIPC, (op_auipc)),
-    H(LB, (op_load<OP_LB, 1>)),
-    H(LH, (op_load<OP_LH, 2>)),
-    H(LW, (op_load<OP_LW, 4>)),
-    H(LBU, (op_load<OP_LBU, 1>)),
-    H(LHU, (op_load<OP_LHU, 2>)),
-    H(SB, (op_store<1>)),
-    H(SH, (op_store<2>)),
-    H(SW, (op_store<4>)),
-#define X(name) H(name, (op_branch<OP_##name>)),
-    BRANCH_OPS(X)
-#undef X
-        H(JAL, (op_jal)),
-#define X(name) H(name##_FAR, (op_branch_far<OP_##name>)),
-    BRANCH_OPS(X)
-#undef X
-        H(JAL_FAR, (op_jal_far)),
-    H(JALR, (op_jalr)),
-    H(FENCE, (op_fence)),
-    H(FENCE_I, (op_fence)),
-    H(LR, (atomic_slow)),
-    H(SC, (atomic_slow)),
-#define X(name) H(name, (op_amo<OP_##name>)),
-    AMO_OPS(X)
-#undef X
-        H(CSR, (op_csr)),
-    H(SYSTEM, (op_system)),
-#define X(name) H(name##_BACK, (op_branch_back<OP_##name>)),
-    BRANCH_OPS(X)
-#undef X
-        H(JAL_BACK, (op_jal_back)),
-    H(LI_PAIR, (op_li_pair)),
-    H(AUIPC_PAIR, (op_auipc_pair)),
 };
-#undef H
-#define E4                                                                                                   \
-    {op_exact}, {op_exact}, {op_exact}, { op_exact }
-#define E8 E4, E4
-#define E64 E8, E8, E8, E8, E8, E8, E8, E8
-const Handler EXACT[256] = {E64, E64, E64, E64};
+#define X4(x) x, x, x, x
+#define X64(x) X4(X4(X4(x)))
+const Handler EXACT[256] = {X64({exact}), X64({exact}), X64({exact}), X64({exact})};
 
-void flush(Cpu *cpu) {
-    for (Tlb &tlb : cpu->tlb) {
-        for (TlbEntry &e : tlb.data) e.read = e.write = INVALID;
-        for (FetchEntry &f : tlb.fetch) f.page = INVALID;
-    }
-}
+// -- Driver
+// ------------------------------------------------------------------------------------------------------
 
 // Finds the code at hart.pc in the mode's cached translations, filling them. False: an exception or exit came
 // up.
@@ -480,12 +588,12 @@ bool resolve(Cpu *cpu, Tlb *tlb) {
         return false;
     }
     u32 page = code_page_for(m, m.table[w.pa / FRAME_BYTES] & FRAME_MASK);
-    if (m.events & EV_FLUSH) {
-        flush(cpu);
-        m.events &= ~EV_FLUSH;
-    }
-    FetchEntry &f = tlb->fetch[h.pc >> 12 & (FETCH_ENTRIES - 1)];
-    f.page = h.pc & PAGE_MASK, f.ops = code_page(m, page);
+    forget_stale(cpu);
+    note_large(cpu, w, h.pc);
+    FetchEntry &f = fetch_of(tlb, h.pc);
+    f.page = h.pc & PAGE_MASK;
+    f.bias = (u64)(uintptr_t)code_page(m, page) - 2 * (u64)f.page;
+    f.delta = 0 - (u32)(f.bias >> 1);
     return true;
 }
 
@@ -494,7 +602,7 @@ void run(Cpu *cpu, u64 end) {
     Hart &h = m.vm->hart;
     m.events |= EV_CHECK;
     for (;;) {
-        if (m.events & EV_FLUSH) flush(cpu);
+        forget_stale(cpu);
         m.events &= EV_EXIT | EV_CHECK;
         if (m.events || h.steps >= cpu->limit) {
             if (take_turn(m, end) == TURN_STOP) return;
@@ -503,12 +611,11 @@ void run(Cpu *cpu, u64 end) {
         Tlb *tlb = &cpu->tlb[h.mode == MODE_U ? 0 : h.sstatus & SSTATUS_SUM ? 2 : 1];
         m.events = 0;
         if (!resolve(cpu, tlb)) continue;
-        const FetchEntry &f = tlb->fetch[h.pc >> 12 & (FETCH_ENTRIES - 1)];
-        const Uop *at = f.ops + (h.pc >> 2 & 1023);
+        const FetchEntry &f = fetch_of(tlb, h.pc);
+        const Uop *at = (const Uop *)(uintptr_t)(f.bias + 2 * (u64)h.pc);
         i64 count = (i64)(h.steps - cpu->limit) - position(at);
-        u32 delta = (h.pc & PAGE_MASK) - (u32)((uintptr_t)f.ops >> 1);
         const Handler *table = near_limit(at, count) ? EXACT : FAST;
-        table[at->op].run(h.x, at, count, delta, tlb, table);
+        table[at->op].run(h.x, at, count, f.delta, tlb, table);
     }
 }
 

@@ -5,8 +5,9 @@
 // Integer operations whose result depends on two operands alone.
 #define ALU_OPS(X)                                                                                           \
     X(ADD)                                                                                                   \
-    X(SUB) X(SLL) X(SLT) X(SLTU) X(XOR) X(SRL) X(SRA) X(OR) X(AND) X(MUL) X(MULH) X(MULHSU) X(MULHU) X(DIV)  \
-        X(DIVU) X(REM) X(REMU)
+    X(SUB)                                                                                                   \
+    X(SLL) X(SLT) X(SLTU) X(XOR) X(SRL) X(SRA) X(OR) X(AND) X(MUL) X(MULH) X(MULHSU) X(MULHU) X(DIV) X(DIVU) \
+        X(REM) X(REMU)
 #define ALU_IMM_OPS(X) X(ADDI) X(SLLI) X(SLTI) X(SLTIU) X(XORI) X(SRLI) X(SRAI) X(ORI) X(ANDI)
 #define BRANCH_OPS(X) X(BEQ) X(BNE) X(BLT) X(BGE) X(BLTU) X(BGEU)
 #define LOAD_OPS(X) X(LB) X(LH) X(LW) X(LBU) X(LHU)
@@ -16,7 +17,8 @@
 // All micro-ops. OP_DECODE is 0, so that a page of zeroes is a page of undecoded instructions.
 #define ALL_OPS(X)                                                                                           \
     X(DECODE)                                                                                                \
-    X(NEXT_PAGE) X(ILLEGAL) ALU_OPS(X) ALU_IMM_OPS(X) X(LI) X(AUIPC) LOAD_OPS(X) STORE_OPS(X) BRANCH_OPS(X)  \
+    X(NEXT_PAGE)                                                                                             \
+    X(ILLEGAL) ALU_OPS(X) ALU_IMM_OPS(X) X(LI) X(AUIPC) LOAD_OPS(X) STORE_OPS(X) BRANCH_OPS(X)               \
         X(JAL) /* target in the same page */                                                                 \
         X(BEQ_FAR) X(BNE_FAR) X(BLT_FAR) X(BGE_FAR) X(BLTU_FAR) X(BGEU_FAR) X(JAL_FAR) /* any target */      \
         X(JALR) X(FENCE) X(FENCE_I) X(LR) X(SC) AMO_OPS(X) X(CSR) X(SYSTEM)
@@ -225,6 +227,6 @@ template <u32 OP> FN u32 extend(u32 value) {
     default: return value;
     }
 }
-FN u32 access_bytes(u32 op) {
+FN constexpr u32 access_bytes(u32 op) {
     return op == OP_LW || op == OP_SW ? 4 : op == OP_LH || op == OP_LHU || op == OP_SH ? 2 : 1;
 }

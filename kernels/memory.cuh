@@ -28,7 +28,7 @@ SLOW void code_drop(Machine &m, u32 frame) {
     u32 slot = page - m.vm->number * CODE_PAGES_PER_VM;
     code_of(m)[frame] = 0;
     if (slot < CODE_PAGES_PER_VM) m.vm->ram.code_used[slot / 32] &= ~(1u << (slot % 32));
-    m.events |= EV_FLUSH;
+    forget_frame(m, frame, page + 1);
 }
 
 // Gives the guest page a frame of its own, a copy of the shared one. False when the pool is exhausted: the VM
@@ -40,12 +40,11 @@ SLOW bool frame_own(Machine &m, u32 page) {
         m.events |= EV_EXIT;
         return false;
     }
-    const u64 *from = (const u64 *)frame_at(m, m.table[page] & FRAME_MASK);
-    u64 *to = (u64 *)frame_at(m, frame);
-    for (u32 i = 0; i < FRAME_BYTES / 8; i++) to[i] = from[i];
+    u32 old = m.table[page] & FRAME_MASK;
+    copy_words((u64 *)frame_at(m, frame), (const u64 *)frame_at(m, old), FRAME_BYTES / 8);
     m.table[page] = frame | FRAME_PRIVATE;
     m.vm->ram.private_frames++;
-    m.events |= EV_FLUSH;
+    forget_frame(m, old, code_of(m)[old]);
     return true;
 }
 
@@ -139,8 +138,7 @@ SLOW u32 code_page_for(Machine &m, u32 frame) {
     ram.code_used[slot / 32] |= 1u << (slot % 32);
     code_frame(m)[page] = frame;
     code_of(m)[frame] = page + 1;
-    u64 *ops = (u64 *)(uintptr_t)(m.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
-    for (u32 i = 0; i < CODE_PAGE_BYTES / 8; i++) ops[i] = 0;
-    m.events |= EV_FLUSH; // stores to this frame must no longer bypass code_drop
+    clear_words((u64 *)(uintptr_t)(m.pool->code_ptr + (u64)page * CODE_PAGE_BYTES), CODE_PAGE_BYTES / 8);
+    forget_frame(m, frame, 0); // stores to it must no longer bypass code_drop
     return page;
 }

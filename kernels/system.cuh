@@ -5,7 +5,7 @@
 #include "sbi.cuh"
 
 // ECALL, EBREAK, SRET, WFI, SFENCE.VMA. Uses and changes hart.x for SBI calls only.
-SLOW void system_execute(Machine &m, u32 insn) {
+SLOW void system_execute(Machine &m, u32 insn, u32 rs1_value) {
     Hart &h = m.vm->hart;
     switch (insn) {
     case 0x00000073:
@@ -32,7 +32,11 @@ SLOW void system_execute(Machine &m, u32 insn) {
         m.events |= EV_JUMP | EV_MODE | EV_CHECK;
     } else if (insn == 0x10500073) {
         wait_for_interrupt(m);
-    } else { // SFENCE.VMA: all addresses and address spaces are forgotten, which the specification allows
+    } else if (insn >> 15 &
+               31) { // SFENCE.VMA of an address; in all address spaces, which the specification allows
+        m.flush_va = rs1_value;
+        m.events |= EV_FLUSH_PAGE;
+    } else {
         m.events |= EV_FLUSH;
     }
 }

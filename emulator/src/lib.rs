@@ -2,6 +2,10 @@
 
 pub mod abi;
 pub mod backend;
+pub mod console;
+pub mod fleet;
+pub mod guest;
 pub mod mailbox;
 pub mod memory;
 pub mod net;
+pub mod report;

@@ -76,6 +76,16 @@ impl<'a> MailboxRef<'a> {
         word!(self.tx_head).load(Acquire) != word!(self.tx_tail).load(Relaxed)
     }
 
+    /// Whether all transmit slots hold frames that were not taken yet: the guest can't send.
+    pub fn transmit_full(&self) -> bool {
+        word!(self.tx_head).load(Acquire).wrapping_sub(word!(self.tx_tail).load(Relaxed)) >= NET_SLOTS
+    }
+
+    /// Whether the guest has not taken what fills the receive slots.
+    pub fn receive_full(&self) -> bool {
+        word!(self.rx_head).load(Relaxed).wrapping_sub(word!(self.rx_tail).load(Acquire)) >= NET_SLOTS
+    }
+
     /// Puts a frame on the receive ring; false if the ring is full or the frame is longer than the link allows.
     pub fn send_frame(&self, frame: &[u8]) -> bool {
         let head = word!(self.rx_head).load(Relaxed);

@@ -1,3 +1,39 @@
 //! The command line of Linux on GPU: parse, dispatch, report. One file per subcommand.
 
-fn main() {}
+mod flags;
+mod image;
+mod repo;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use flags::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    report_style();
+    let result = match cli.command {
+        Command::Image(args) => image::command(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(report) => {
+            eprintln!("{report:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Errors are drawn as wide as the terminal; in a file or a pipe, a sentence stays on one line.
+fn report_style() {
+    use std::io::IsTerminal;
+    let terminal = std::io::stderr().is_terminal();
+    let hook = miette::set_hook(Box::new(move |_| {
+        let options = miette::MietteHandlerOpts::new().context_lines(1).terminal_links(false);
+        let options = if terminal { options } else { options.width(4096).unicode(false) };
+        Box::new(options.build())
+    }));
+    // A hook that is there already draws errors too.
+    drop(hook);
+}

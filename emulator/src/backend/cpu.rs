@@ -32,7 +32,7 @@ unsafe extern "C" {
 #[derive(Debug)]
 pub struct Config {
     /// RAM at the first instruction.
-    pub boot: BootMemory,
+    pub boot: Arc<BootMemory>,
     /// VMs, numbered from 0.
     pub vms: u32,
     /// Engines; one per core is best.
@@ -106,17 +106,17 @@ impl CpuMachines {
         let shared = SharedFrames::new(&config.boot)?;
         let (pages, vms) = (shared.table.len() as u32, config.vms);
         let private = config.private_frames.map_or(u64::from(pages) * u64::from(vms), u64::from);
-        let frames = private + u64::from(shared.count());
-        let code_pages = u64::from(vms) * u64::from(CODE_PAGES_PER_VM) + u64::from(shared.count());
+        let frames = private + u64::from(shared.count);
+        let code_pages = u64::from(vms) * u64::from(CODE_PAGES_PER_VM) + u64::from(shared.count);
         if frames > u64::from(FRAME_MASK) || code_pages > u64::from(u32::MAX) {
             return Err(Error::TooMany { vms, pages });
         }
         let threads = config.threads.max(1);
-        let base = map("guest RAM", frames as usize * FRAME_BYTES as usize)?;
+        let base = map("guest RAM", frames as usize * FRAME_BYTES as usize)?.prefer_large_pages();
         let ring = map("the free list", private as usize * 4)?;
         let code_of = map("the code table", frames as usize * 4)?;
         let code_frame = map("the code pages' frames", code_pages as usize * 4)?;
-        let code = map("code pages", code_pages as usize * CODE_PAGE_BYTES as usize)?;
+        let code = map("code pages", code_pages as usize * CODE_PAGE_BYTES as usize)?.prefer_large_pages();
         let pool = map("the pool", size_of::<Pool>())?;
         let inner = Inner {
             vms: map("the VMs", vms as usize * size_of::<Vm>())?,
@@ -131,14 +131,11 @@ impl CpuMachines {
             config,
         };
         let [base, ring, code_frame, code] = &inner._memory;
-        let shared_frames = inner.shared.count();
+        let shared_frames = inner.shared.count;
         // SAFETY: all mappings are fresh, large enough by construction, and nobody else has them yet.
         unsafe {
-            std::ptr::copy_nonoverlapping(
-                inner.shared.frames.as_ptr(),
-                base.as_ptr(),
-                inner.shared.frames.len(),
-            );
+            let bytes = shared_frames as usize * FRAME_BYTES as usize;
+            inner.shared.fill(&inner.config.boot, std::slice::from_raw_parts_mut(base.as_ptr(), bytes));
             for i in 0..private as u32 {
                 ring.as_ptr().cast::<u32>().add(i as usize).write(shared_frames + i);
             }
@@ -368,11 +365,11 @@ impl Machines for CpuMachines {
         let frame = u64::from(FRAME_BYTES);
         let sum =
             |counts: &[AtomicU32]| counts.iter().map(|count| u64::from(count.load(Relaxed))).sum::<u64>();
-        let code_pages = sum(&inner.code_pages) + u64::from(inner.shared.count());
+        let code_pages = sum(&inner.code_pages) + u64::from(inner.shared.count);
         let vms = u64::from(inner.config.vms);
         let fixed = (size_of::<Vm>() + size_of::<Mailbox>() + inner.shared.table.len() * 4) as u64;
         MemoryUse {
-            shared_bytes: u64::from(inner.shared.count()) * frame,
+            shared_bytes: u64::from(inner.shared.count) * frame,
             private_bytes: sum(&inner.private_frames) * frame,
             overhead_bytes: vms * fixed + code_pages * u64::from(CODE_PAGE_BYTES),
         }

@@ -47,6 +47,16 @@ impl Mapping {
         }
     }
 
+    /// Asks for large host pages: fewer faults and TLB misses where most of the mapping will be used in order.
+    pub fn prefer_large_pages(self) -> Self {
+        #[cfg(target_os = "linux")]
+        // SAFETY: advice on a mapping of ours; a refusal changes nothing.
+        unsafe {
+            libc::madvise(self.at.as_ptr().cast(), self.bytes, libc::MADV_HUGEPAGE);
+        }
+        self
+    }
+
     /// Start of the mapping.
     pub fn as_ptr(&self) -> *mut u8 {
         self.at.as_ptr()

@@ -59,14 +59,14 @@ pub enum Error {
 /// The frames that all VMs share, and the frame table that every VM starts with.
 #[derive(Debug)]
 pub struct SharedFrames {
-    /// Contents, `FRAME_BYTES` each; frame 0 is all zeroes.
-    pub frames: Vec<u8>,
-    /// Frame number of each guest page.
+    /// Frame number of each guest page; frame 0 is all zeroes.
     pub table: Vec<u32>,
+    /// Number of shared frames, the one of zeroes included.
+    pub count: u32,
 }
 
 impl SharedFrames {
-    /// Cuts the contents into frames; equal pages of zeroes share frame 0.
+    /// Plans the frames: pages of zeroes share frame 0, all others get one each.
     pub fn new(boot: &BootMemory) -> Result<Self, Error> {
         let frame = u64::from(FRAME_BYTES);
         if boot.ram_bytes == 0 || !boot.ram_bytes.is_multiple_of(frame) || boot.ram_bytes > 0xF000_0000 {
@@ -80,37 +80,45 @@ impl SharedFrames {
                 return Err(Error::Overlap { first: pair[0].name, second: pair[1].name });
             }
         }
-        let mut frames = vec![0; frame as usize];
-        let mut table = vec![0u32; (boot.ram_bytes / frame) as usize];
-        for piece in pieces {
-            if end(piece) > boot.ram_bytes {
-                return Err(Error::Beyond { name: piece.name, end: end(piece), ram: boot.ram_bytes });
-            }
-            let mut offset = 0;
-            while offset < piece.bytes.len() {
-                let address = piece.address as usize + offset;
-                let (page, within) = (address / frame as usize, address % frame as usize);
-                let run = (frame as usize - within).min(piece.bytes.len() - offset);
-                let bytes = &piece.bytes[offset..offset + run];
-                offset += run;
-                if bytes.iter().all(|byte| *byte == 0) {
-                    continue;
-                }
-                if table[page] == 0 {
-                    table[page] = (frames.len() / frame as usize) as u32;
-                    frames.resize(frames.len() + frame as usize, 0);
-                }
-                let at = table[page] as usize * frame as usize + within;
-                frames[at..at + run].copy_from_slice(bytes);
+        if let Some(piece) = pieces.iter().find(|piece| end(piece) > boot.ram_bytes) {
+            return Err(Error::Beyond { name: piece.name, end: end(piece), ram: boot.ram_bytes });
+        }
+        let mut shared = Self { table: vec![0; (boot.ram_bytes / frame) as usize], count: 1 };
+        for (page, _, bytes) in boot.pieces.iter().flat_map(parts) {
+            if shared.table[page] == 0 && bytes.iter().any(|byte| *byte != 0) {
+                shared.table[page] = shared.count;
+                shared.count += 1;
             }
         }
-        Ok(Self { frames, table })
+        Ok(shared)
     }
 
-    /// Number of shared frames, the one of zeroes included.
-    pub fn count(&self) -> u32 {
-        (self.frames.len() / FRAME_BYTES as usize) as u32
+    /// Writes the frames' contents to `frames`, which is zeroed and holds `count` of them.
+    pub fn fill(&self, boot: &BootMemory, frames: &mut [u8]) {
+        for (page, within, bytes) in boot.pieces.iter().flat_map(parts) {
+            if self.table[page] != 0 {
+                let at = self.table[page] as usize * FRAME_BYTES as usize + within;
+                frames[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+        }
     }
+}
+
+/// A piece, page by page: guest page, offset within it, bytes.
+fn parts(piece: &Piece) -> impl Iterator<Item = (usize, usize, &[u8])> {
+    let frame = FRAME_BYTES as usize;
+    let mut address = piece.address as usize;
+    let mut rest = piece.bytes.as_slice();
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let (page, within) = (address / frame, address % frame);
+        let (bytes, after) = rest.split_at(rest.len().min(frame - within));
+        rest = after;
+        address += bytes.len();
+        Some((page, within, bytes))
+    })
 }
 
 #[cfg(test)]
@@ -131,17 +139,20 @@ mod tests {
                 .unwrap();
         // pages 1 (byte 21) and 3 (byte 17) hold data
         assert_eq!(shared.table, [0, 1, 0, 2, 0, 0, 0, 0]);
-        assert_eq!(shared.frames[4096 + 21], 7);
-        assert_eq!(shared.frames[2 * 4096 + 17], 9);
-        assert_eq!(shared.count(), 3);
+        assert_eq!(shared.count, 3);
+        assert_eq!(frames[4096 + 21], 7);
+        assert_eq!(frames[2 * 4096 + 17], 9);
     }
 
     #[test]
     fn pieces_may_share_a_page_but_no_byte() {
         let piece = |name, address, len| Piece { name, address, bytes: vec![1; len] };
-        let shared = SharedFrames::new(&boot(4096, vec![piece("a", 0, 10), piece("b", 10, 10)])).unwrap();
-        assert_eq!(shared.count(), 2);
-        assert_eq!(shared.frames[4096..4096 + 21].iter().filter(|byte| **byte == 1).count(), 20);
+        let both = boot(4096, vec![piece("a", 0, 10), piece("b", 10, 10)]);
+        let shared = SharedFrames::new(&both).unwrap();
+        assert_eq!(shared.count, 2);
+        let mut frames = vec![0; 2 * 4096];
+        shared.fill(&both, &mut frames);
+        assert_eq!(frames[4096..4096 + 21].iter().filter(|byte| **byte == 1).count(), 20);
         let error = SharedFrames::new(&boot(4096, vec![piece("b", 9, 10), piece("a", 0, 10)])).unwrap_err();
         assert_eq!(error, Error::Overlap { first: "a", second: "b" });
     }

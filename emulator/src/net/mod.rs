@@ -1,4 +1,28 @@
 //! Between the VMs' links and the world: addresses, rewriting, switching, and the capture back ends.
+//!
+//! | module | what | I/O |
+//! |---|---|---|
+//! | [`address`] | VM number <-> MAC and IPv4 address | none |
+//! | [`checksum`], [`packet`] | checked views of packets, checksums | none |
+//! | [`rewrite`] | host packet to port P + N <-> frame of VM N | none |
+//! | [`switch`] | what becomes of a frame that a VM sent | none |
+//! | [`reason`], [`counters`] | why packets are dropped, and how many | none |
+//! | [`lan`] | takes, switches and delivers frames; queues before full mailboxes | links |
+//! | [`ports`] | the host ports of a fleet: all or none | sockets |
+//! | [`user`] | transport: host sockets on loopback, no privileges | sockets, links |
+//! | [`probe`] | asks every VM for `GET /` | sockets |
+
+pub mod address;
+pub mod checksum;
+pub mod counters;
+pub mod lan;
+pub mod packet;
+pub mod ports;
+pub mod probe;
+pub mod reason;
+pub mod rewrite;
+pub mod switch;
+pub mod user;
 
 use std::sync::Arc;
 

@@ -1,0 +1,224 @@
+//! The emulator's command line.
+
+pub mod console;
+pub mod fleet;
+pub mod live;
+mod machines;
+mod progress;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use emulator::console::place::{self, Place};
+use emulator::fleet::capacity::parse_size;
+
+/// A fleet of RV32IMA Linux virtual machines in one GPU, or on the CPU.
+#[derive(Debug, Parser)]
+#[command(name = "emulator", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a fleet and serve it until Ctrl-C.
+    Fleet(FleetArgs),
+    /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
+    Console(ConsoleArgs),
+    /// Print what a running fleet does, as JSON.
+    Status(StatusArgs),
+}
+
+/// `emulator fleet`.
+#[derive(Debug, Args)]
+pub struct FleetArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Number of VMs; they are numbered from 0.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub vms: u32,
+
+    /// RAM of each VM, as in 16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ram: Option<u64>,
+
+    /// Where the VMs run; auto takes a GPU if there is one.
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub backend: Backend,
+
+    /// How the VMs' network reaches the host: TCP to 127.0.0.1, or not at all.
+    #[arg(long, value_enum, default_value_t = NetMode::User)]
+    pub net: NetMode,
+
+    /// VM N's web server is reached on port BASE + N of 127.0.0.1.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// Guest time after the boot: with the wall clock, or with executed instructions, jumping over idle times.
+    #[arg(long, value_enum, default_value_t = Time::Real)]
+    pub time: Time,
+
+    /// CPU threads that run VMs [default: one per core].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+
+    /// End with status 0 when all VMs are ready, when all have answered GET / with 200, or after so many seconds
+    /// [default: serve until Ctrl-C].
+    #[arg(long, value_name = "ready|http|SECONDS")]
+    pub until: Option<Until>,
+
+    /// Give up on --until ready or http after so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = seconds)]
+    pub timeout: f64,
+
+    /// Write a JSON report at the end (docs/report.md).
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+
+    /// Make boots repeatable: the guests' randomness comes from this number, and their clocks start at a fixed date.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+
+    /// Folder for control socket and console logs [default: $XDG_RUNTIME_DIR/linux-on-gpu, or one in the temporary
+    /// folder].
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
+    /// Say nothing unless something is wrong.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Which fleet is meant.
+#[derive(Debug, Args)]
+pub struct FleetChoice {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// The fleet's --state-dir, if it was given one.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `emulator console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// Number of the VM.
+    #[arg(value_name = "N")]
+    pub vm: u32,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+
+    /// With input from a pipe: leave when nothing was printed for so many seconds after the input's end.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub linger: f64,
+}
+
+/// `emulator status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// Where the VMs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// A GPU if there is one, else the CPU.
+    Auto,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The CPU.
+    Cpu,
+}
+
+/// How the network reaches the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NetMode {
+    /// Host sockets on 127.0.0.1; needs no privileges.
+    User,
+    /// Nothing is attached to the VMs' network devices.
+    Off,
+}
+
+/// Guest time after the boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Time {
+    /// With the wall clock.
+    Real,
+    /// With executed instructions.
+    Virtual,
+}
+
+/// When to end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Until {
+    /// All VMs are ready.
+    Ready,
+    /// All VMs have answered.
+    Http,
+    /// After a time.
+    Seconds(f64),
+}
+
+impl FromStr for Until {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "ready" => Ok(Self::Ready),
+            "http" => Ok(Self::Http),
+            _ => seconds(text)
+                .map(Self::Seconds)
+                .map_err(|_| "expected ready, http, or a number of seconds".into()),
+        }
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=1e9).contains(&seconds) => Ok(seconds),
+        _ => Err("expected a number of seconds".into()),
+    }
+}
+
+/// The folder of the fleet with that port base.
+fn find_place(state_dir: Option<&PathBuf>, port_base: u16) -> Place {
+    Place::new(&state_dir.cloned().unwrap_or_else(place::default_root), port_base)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["emulator", "fleet", "--image", "x", "--ram", "8M", "--until", "2.5"]);
+        let Ok(Cli { command: Command::Fleet(args) }) = cli else { panic!("not parsed: {cli:?}") };
+        assert_eq!((args.ram, args.until), (Some(8 << 20), Some(Until::Seconds(2.5))));
+        for bad in [
+            ["--until", "soon"],
+            ["--until", "-1"],
+            ["--port-base", "70000"],
+            ["--ram", "8X"],
+            ["--vms", "-1"],
+        ] {
+            assert!(
+                Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(),
+                "{bad:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! `emulator console` and `emulator status`.
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use emulator::console::client::{self, Ended};
+use miette::{IntoDiagnostic, Result, WrapErr};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use super::{ConsoleArgs, StatusArgs, find_place};
+
+/// `emulator status`.
+pub fn status(args: &StatusArgs) -> Result<ExitCode> {
+    let place = find_place(args.fleet.state_dir.as_ref(), args.fleet.port_base);
+    let text = client::status(&place).into_diagnostic()?;
+    std::io::stdout().write_all(text.as_bytes()).into_diagnostic()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `emulator console`.
+pub fn console(args: &ConsoleArgs) -> Result<ExitCode> {
+    let place = find_place(args.fleet.state_dir.as_ref(), args.fleet.port_base);
+    let attachment = client::attach(&place, args.vm).into_diagnostic()?;
+    // Signals end the attachment through this pipe, so that the terminal is restored. Ctrl-C itself goes to the VM.
+    let (signal, sender) = UnixStream::pair().into_diagnostic()?;
+    for number in [SIGHUP, SIGINT, SIGTERM] {
+        let sender = sender.try_clone().into_diagnostic()?;
+        signal_hook::low_level::pipe::register(number, sender).into_diagnostic()?;
+    }
+    let input: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().into_diagnostic()?;
+    let terminal = std::io::IsTerminal::is_terminal(&input);
+    if terminal {
+        eprintln!("[VM {}: Ctrl-] leaves]", args.vm);
+    }
+    let linger = Duration::from_secs_f64(args.linger);
+    let ended = attachment.run(&input, &mut std::io::stdout(), signal.as_fd(), linger);
+    if terminal {
+        // The VM's line may be unfinished.
+        eprintln!();
+    }
+    match ended.into_diagnostic().wrap_err_with(|| format!("console of VM {}", args.vm))? {
+        Ended::Left => Ok(ExitCode::SUCCESS),
+        Ended::Signal => Ok(ExitCode::from(130)),
+        Ended::Closed => {
+            eprintln!("[VM {}: the console has ended]", args.vm);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

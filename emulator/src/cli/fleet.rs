@@ -1,0 +1,366 @@
+//! `emulator fleet`: boots a fleet, serves it, and reports.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use emulator::console::control::Control;
+use emulator::console::log::{LogLimits, Logs, log_path};
+use emulator::console::place::Claim;
+use emulator::fleet::capacity::size;
+use emulator::fleet::clock::TimeMode;
+use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
+use emulator::guest::GuestImage;
+use emulator::net::user::{Config as BridgeConfig, UserBridge};
+use emulator::report::{Failure, Report};
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use super::live::Live;
+use super::progress::Progress;
+use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
+
+/// How often signals and times are looked at when the fleet tells no news.
+const TICK: Duration = Duration::from_millis(100);
+/// URLs that are printed one by one.
+const URLS: u32 = 8;
+/// VMs that an error describes with their consoles; so many more are named while serving.
+const SHOWN: usize = 3;
+const NAMED: u32 = 20;
+
+/// `emulator fleet`.
+pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
+    let signal = watch_signals()?;
+    if let Some(path) = &args.report {
+        check_report_path(path)?;
+    }
+    let mut report = Report::new(args.vms);
+    let result = serve(args, started, &signal, &mut report);
+    report.error = match &result {
+        Err(error) => Some(chain(error)),
+        Ok(code) if *code != ExitCode::SUCCESS => Some("interrupted".into()),
+        Ok(_) => None,
+    };
+    if let Some(path) = &args.report {
+        let written = report.write(path).into_diagnostic();
+        let written = written.wrap_err_with(|| format!("the report {} can't be written", path.display()));
+        // The first error is the one to tell.
+        return result.and_then(|code| written.map(|()| code));
+    }
+    result
+}
+
+/// The number of the signal that asked for the end, or 0. A second signal ends the program at once.
+fn watch_signals() -> Result<Arc<AtomicI32>> {
+    let seen = Arc::new(AtomicI32::new(0));
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).into_diagnostic()?;
+    let watcher = seen.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                if watcher.swap(signal, SeqCst) != 0 {
+                    signal_hook::low_level::exit(128 + signal);
+                }
+            }
+        })
+        .into_diagnostic()?;
+    Ok(seen)
+}
+
+/// Better now than after the run.
+fn check_report_path(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(miette!("--report {}: this is a folder; give a file name", path.display()));
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    tempfile::NamedTempFile::new_in(folder)
+        .map(drop)
+        .into_diagnostic()
+        .wrap_err_with(|| format!("--report {}: no file can be written there", path.display()))
+}
+
+/// An error with its causes on one line.
+fn chain(error: &miette::Report) -> String {
+    let causes: Vec<String> = error.chain().map(|cause| cause.to_string()).collect();
+    causes.join(": ")
+}
+
+/// How a run ended.
+enum End {
+    Done,
+    Interrupted(i32),
+    Failed(miette::Report),
+}
+
+fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Report) -> Result<ExitCode> {
+    if args.vms == 0 {
+        return Err(miette!("a fleet of 0 VMs has nothing to run: give --vms 1 or more"));
+    }
+    if args.until == Some(Until::Http) && args.net == NetMode::Off {
+        return Err(miette!("--until http asks the VMs through the bridge: it needs --net user"));
+    }
+    let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
+    report.image.manifest_hash = Some(image.manifest_hash.clone());
+    let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
+    let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
+    let mut bridge = match args.net {
+        NetMode::Off => None,
+        NetMode::User => {
+            Some(UserBridge::bind(BridgeConfig::new(args.port_base, args.vms)).into_diagnostic()?)
+        }
+    };
+    let fleet = Arc::new(make_fleet(args, started, &claim, image)?);
+    let progress = Arc::new(Progress {
+        fleet: fleet.clone(),
+        head: report.clone(),
+        began: Instant::now(),
+        bridge: bridge.as_ref().map(|bridge| bridge.counters()),
+        http: (args.until == Some(Until::Http)).then(Arc::default),
+        boot: None.into(),
+        port_base: bridge.is_some().then_some(args.port_base),
+    });
+    let control = {
+        let progress = progress.clone();
+        Control::serve(&claim, fleet.clone(), Box::new(move || progress.status()))
+            .into_diagnostic()
+            .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
+    };
+    if let Some(bridge) = &mut bridge {
+        bridge.start(fleet.links()).into_diagnostic()?;
+    }
+    fleet.start().into_diagnostic()?;
+    if !args.quiet {
+        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), machines::choice(args));
+        print_urls(args);
+        println!("Console logs: {}", claim.place.console().display());
+    }
+    let asking = match (&progress.http, &bridge) {
+        (Some(answers), Some(bridge)) => {
+            let deadline = started + Duration::from_secs_f64(args.timeout);
+            Some(answers.ask(&fleet, bridge.config().ports, deadline).into_diagnostic()?)
+        }
+        _ => None,
+    };
+
+    let end = wait_for_end(args, &progress, &claim, signal);
+
+    progress.stop_asking();
+    if let Some(asking) = asking {
+        // A panic was printed; the outcome is missing then, which has been dealt with.
+        let _ = asking.join();
+    }
+    let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
+    fleet.stop();
+    *report = progress.report();
+    drop(control);
+    match end {
+        End::Failed(error) => {
+            // VMs that run but did not reach the goal are failures too.
+            for failure in laggards(args, &progress) {
+                report.add_failure(failure);
+            }
+            return Err(error);
+        }
+        End::Interrupted(signal) if args.until.is_some() => {
+            return Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(130)));
+        }
+        End::Interrupted(_) | End::Done => {}
+    }
+    bridge_end.into_diagnostic()?;
+    if !args.quiet {
+        println!("{}", summary(report));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn make_fleet(args: &FleetArgs, started: Instant, claim: &Claim, image: GuestImage) -> Result<Fleet> {
+    let machines = machines::open(args, image, |text| tracing::warn!("{text}"))?;
+    let folder = claim.place.console();
+    let logs = Logs::create(&folder, LogLimits::default())
+        .into_diagnostic()
+        .wrap_err_with(|| format!("console logs in {}", folder.display()))?;
+    let time = match args.time {
+        Time::Real => TimeMode::Real,
+        Time::Virtual => TimeMode::Virtual,
+    };
+    let config = FleetConfig { time, started, budget: Budget::CORE, bridged: args.net != NetMode::Off };
+    Ok(Fleet::new(machines, config, Some(logs)))
+}
+
+fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &AtomicI32) -> End {
+    let fleet = &progress.fleet;
+    let mut live = Live::new(args.quiet);
+    let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
+    let mut seen = 0;
+    let end = loop {
+        seen = fleet.wait(seen, TICK);
+        progress.note_boot();
+        if live.due() {
+            live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
+        }
+        // With --until the error tells.
+        if args.until.is_none() && fleet.downs() != downs.told {
+            downs.tell(fleet, claim);
+        }
+        match signal.load(SeqCst) {
+            0 => {}
+            signal => break End::Interrupted(signal),
+        }
+        if let Some(why) = fleet.fault() {
+            break End::Failed(miette!("the machine failed: {why}"));
+        }
+        if let Some(end) = check_goal(args, progress) {
+            break end;
+        }
+    };
+    if !args.quiet {
+        live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
+    }
+    live.finish();
+    end
+}
+
+/// Whether what was waited for has come, or can't come any more.
+fn check_goal(args: &FleetArgs, progress: &Progress) -> Option<End> {
+    let fleet = &progress.fleet;
+    let seconds = fleet.started().elapsed().as_secs_f64();
+    let down = fleet.downs();
+    let all_down = || {
+        let failed = fleet.totals().failed;
+        match failed {
+            0 => End::Done,
+            _ => End::Failed(failed_error(args, progress, format!("no VM runs any more; {failed} failed"))),
+        }
+    };
+    let fail = |what: String| Some(End::Failed(failed_error(args, progress, what)));
+    match args.until {
+        None if down == fleet.vms() => Some(all_down()),
+        None => None,
+        Some(Until::Seconds(end)) => match seconds >= end || down == fleet.vms() {
+            false => None,
+            true if fleet.totals().failed > 0 => fail(format!("{} VMs failed", fleet.totals().failed)),
+            true => Some(End::Done),
+        },
+        Some(Until::Ready) if down > 0 => fail(format!("{down} of {} VMs ended", fleet.vms())),
+        Some(Until::Ready) if fleet.been_ready() == fleet.vms() => Some(End::Done),
+        Some(Until::Ready) if seconds >= args.timeout => {
+            fail(format!("{} of {} VMs were ready in {} s", fleet.been_ready(), fleet.vms(), args.timeout))
+        }
+        Some(Until::Ready) => None,
+        Some(Until::Http) if down > 0 => fail(format!("{down} of {} VMs ended", fleet.vms())),
+        Some(Until::Http) => match progress.http.as_ref()?.take_outcome()? {
+            Ok(outcome) if outcome.failures.is_empty() => Some(End::Done),
+            Ok(outcome) => {
+                let (vm, why) = &outcome.failures[0];
+                fail(format!(
+                    "{} of {} VMs answered GET / with 200 in {seconds:.0} s; VM {vm}: {why}",
+                    outcome.answered,
+                    fleet.vms(),
+                ))
+            }
+            Err(error) => fail(format!("the VMs could not be asked: {error}")),
+        },
+    }
+}
+
+/// VMs that kept the run from its goal: those that are down, else those that are not ready.
+fn laggards(args: &FleetArgs, progress: &Progress) -> Vec<Failure> {
+    let fleet = &progress.fleet;
+    let any_down = fleet.downs() > 0;
+    let late = |life: &Life| match args.until {
+        _ if any_down => life.is_down(),
+        Some(Until::Ready | Until::Http) => *life != Life::Ready,
+        _ => false,
+    };
+    let statuses = (0..fleet.vms()).map(|vm| fleet.status(vm)).filter(|status| late(&status.life));
+    statuses.take(64).map(|status| Failure::of(fleet, &status)).collect()
+}
+
+/// An error that shows the first VMs that failed, with their last console lines.
+fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::Report {
+    let failures = laggards(args, progress);
+    let mut text = what;
+    for failure in failures.iter().take(SHOWN) {
+        // Writing to a string can't fail.
+        let _ = write!(text, "\nVM {} ({}): {}", failure.vm, failure.state, failure.reason);
+        for line in &failure.console {
+            let _ = write!(text, "\n  | {line}");
+        }
+    }
+    if failures.len() > SHOWN {
+        let _ = write!(text, "\nand {} more", failures.len() - SHOWN);
+    }
+    let logs = find_place(args.state_dir.as_ref(), args.port_base).console();
+    miette!(help = format!("Whole consoles: {}", logs.display()), "{text}")
+}
+
+/// Tells which VMs have ended while the others go on.
+struct Downs {
+    known: Vec<bool>,
+    told: u32,
+}
+
+impl Downs {
+    fn tell(&mut self, fleet: &Fleet, claim: &Claim) {
+        for vm in 0..fleet.vms() {
+            if !fleet.is_down(vm) || std::mem::replace(&mut self.known[vm as usize], true) {
+                continue;
+            }
+            self.told += 1;
+            let status = fleet.status(vm);
+            match self.told {
+                n if n < NAMED => {
+                    let log = log_path(&claim.place.console(), vm);
+                    tracing::warn!("VM {vm} {}: {} ({})", status.state(), status.reason(), log.display());
+                }
+                NAMED => tracing::warn!("VM {vm} {}, and perhaps more: see the status", status.state()),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn print_urls(args: &FleetArgs) {
+    if args.net == NetMode::Off {
+        return;
+    }
+    let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
+    if args.vms <= URLS {
+        for vm in 0..args.vms {
+            println!("VM {vm}: {}", url(vm));
+        }
+    } else {
+        println!("VM 0: {}  VM 1: {} ... VM {}: {}", url(0), url(1), args.vms - 1, url(args.vms - 1));
+    }
+}
+
+/// One line about a run that reached its end.
+fn summary(report: &Report) -> String {
+    let mut text = format!("{} of {} VMs were ready", report.ready.vms, report.vms);
+    let mut add = |part: std::fmt::Arguments<'_>| {
+        // Writing to a string can't fail.
+        let _ = text.write_fmt(part);
+    };
+    if let (Some(first), Some(last)) = (report.ready.seconds_first, report.ready.seconds_last) {
+        add(format_args!(" after {first:.2} to {last:.2} s"));
+    }
+    if let Some(spread) = report.ready.instructions {
+        add(format_args!(" and {:.2} M instructions", spread.median as f64 / 1e6));
+    }
+    if let Some(http) = &report.http {
+        add(format_args!("; {} answered GET / with 200", http.vms));
+        if let Some(last) = http.seconds_last {
+            add(format_args!(", the last after {last:.2} s"));
+        }
+    }
+    add(format_args!(
+        "; {:.0} MIPS while booting; {} of memory a VM",
+        report.mips.total,
+        size(report.memory.bytes_per_vm)
+    ));
+    text
+}

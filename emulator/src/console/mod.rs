@@ -1,0 +1,8 @@
+//! Consoles: what guests print and are typed, their logs, and the socket through which people attach.
+
+pub mod client;
+pub mod control;
+pub mod hub;
+pub mod log;
+pub mod place;
+pub mod scan;

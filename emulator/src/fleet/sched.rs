@@ -1,0 +1,426 @@
+//! Which VM runs next: two queues of runnable VMs, timers of sleeping ones, and no lost wake-ups.
+//!
+//! All transitions happen under one lock. A wake-up that comes while a VM runs is remembered in `pending`, and the
+//! end of that slice turns it into another turn, so nothing is lost between "the guest went idle" and "the VM sleeps".
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Condvar, Mutex};
+use std::time::Instant;
+
+use crate::fleet::lock;
+
+/// Of so many turns, the last goes to a VM that used up its budget, even if freshly woken ones wait.
+const BULK_SHARE: u32 = 4;
+
+/// What a VM is doing, as the scheduler sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// Waits for a timer, a frame or console input.
+    Sleeping,
+    /// Runnable, waits for an engine.
+    Queued,
+    /// In an engine.
+    Running,
+    /// Held by [`Scheduler::pause`].
+    Paused,
+    /// Never runs again.
+    Down,
+}
+
+/// One VM's turn in an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// VM number.
+    pub vm: u32,
+    /// The VM used up its last budget: it wants throughput, not latency.
+    pub bulk: bool,
+}
+
+#[derive(Clone)]
+struct Entry {
+    activity: Activity,
+    bulk: bool,
+    pending: bool,
+    paused: bool,
+    deadline: Option<Instant>,
+}
+
+struct Inner {
+    vms: Vec<Entry>,
+    /// VMs that were woken from sleep: their first slice is short, and they go first.
+    fresh: VecDeque<u32>,
+    /// VMs that used up their budget.
+    bulk: VecDeque<u32>,
+    /// At most one entry a VM, so guests can't make it grow.
+    timers: BTreeSet<(Instant, u32)>,
+    /// Workers that wait for work.
+    idle: usize,
+    /// The timer that an idle worker watches.
+    watched: Option<Instant>,
+    turns: u32,
+    stopping: bool,
+}
+
+/// The run queue of a fleet.
+pub struct Scheduler {
+    inner: Mutex<Inner>,
+    work: Condvar,
+}
+
+impl Scheduler {
+    /// A scheduler of `vms` VMs, all runnable.
+    pub fn new(vms: u32) -> Self {
+        let entry =
+            Entry { activity: Activity::Queued, bulk: true, pending: false, paused: false, deadline: None };
+        Self {
+            inner: Mutex::new(Inner {
+                vms: vec![entry; vms as usize],
+                fresh: VecDeque::new(),
+                bulk: (0..vms).collect(),
+                timers: BTreeSet::new(),
+                idle: 0,
+                watched: None,
+                turns: 0,
+                stopping: false,
+            }),
+            work: Condvar::new(),
+        }
+    }
+
+    /// Waits until VMs are runnable and takes up to `max` of them; false when the fleet stops.
+    pub fn take(&self, max: usize, turns: &mut Vec<Turn>) -> bool {
+        let mut inner = lock(&self.inner);
+        loop {
+            if inner.stopping {
+                return false;
+            }
+            let now = Instant::now();
+            inner.fire(now);
+            inner.pick(max, turns);
+            if !turns.is_empty() {
+                // Others may have to take the rest, or the watch over the next timer.
+                if inner.idle > 0 && (inner.has_work() || inner.unwatched().is_some()) {
+                    self.work.notify_one();
+                }
+                return true;
+            }
+            inner.idle += 1;
+            if let Some(at) = inner.unwatched() {
+                inner.watched = Some(at);
+                let wait = at.saturating_duration_since(now);
+                inner =
+                    self.work.wait_timeout(inner, wait).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+                if inner.watched == Some(at) {
+                    inner.watched = None;
+                }
+            } else {
+                inner = self.work.wait(inner).unwrap_or_else(std::sync::PoisonError::into_inner);
+            }
+            inner.idle -= 1;
+        }
+    }
+
+    /// Something came for the VM: it becomes runnable, or stays so for one more slice.
+    pub fn wake(&self, vm: u32) {
+        let mut inner = lock(&self.inner);
+        if inner.wake(vm) && inner.idle > 0 {
+            self.work.notify_one();
+        }
+    }
+
+    /// The VM's slice ended in idleness: it sleeps until `deadline` or a wake-up, unless one has come meanwhile.
+    pub fn park(&self, vm: u32, deadline: Option<Instant>) {
+        let mut inner = lock(&self.inner);
+        let entry = &mut inner.vms[vm as usize];
+        debug_assert_eq!(entry.activity, Activity::Running);
+        if std::mem::take(&mut entry.pending) {
+            inner.enqueue(vm, false);
+        } else {
+            entry.activity = Activity::Sleeping;
+            inner.set_timer(vm, deadline);
+        }
+    }
+
+    /// The VM's slice ended with work left.
+    pub fn requeue(&self, vm: u32, bulk: bool) {
+        let mut inner = lock(&self.inner);
+        inner.vms[vm as usize].pending = false;
+        inner.enqueue(vm, bulk);
+    }
+
+    /// The VM never runs again. Only for a VM that is running, or in the tests.
+    pub fn retire(&self, vm: u32) {
+        let mut inner = lock(&self.inner);
+        inner.set_timer(vm, None);
+        inner.vms[vm as usize].activity = Activity::Down;
+    }
+
+    /// Keeps the VM from running; a slice under way is finished first.
+    pub fn pause(&self, vm: u32) {
+        lock(&self.inner).vms[vm as usize].paused = true;
+    }
+
+    /// Lets a paused VM go on.
+    pub fn resume(&self, vm: u32) {
+        let mut inner = lock(&self.inner);
+        let entry = &mut inner.vms[vm as usize];
+        entry.paused = false;
+        if entry.activity == Activity::Sleeping && std::mem::take(&mut entry.pending) {
+            inner.enqueue(vm, false);
+            if inner.idle > 0 {
+                self.work.notify_one();
+            }
+        }
+    }
+
+    /// What the VM is doing.
+    pub fn activity(&self, vm: u32) -> Activity {
+        let inner = lock(&self.inner);
+        let entry = &inner.vms[vm as usize];
+        match entry.activity {
+            Activity::Sleeping | Activity::Queued if entry.paused => Activity::Paused,
+            other => other,
+        }
+    }
+
+    /// Ends every [`Scheduler::take`], now and later.
+    pub fn stop(&self) {
+        lock(&self.inner).stopping = true;
+        self.work.notify_all();
+    }
+}
+
+impl Inner {
+    fn has_work(&self) -> bool {
+        !self.fresh.is_empty() || !self.bulk.is_empty()
+    }
+
+    /// The next timer, unless an idle worker watches it or an earlier one.
+    fn unwatched(&self) -> Option<Instant> {
+        let next = self.timers.first()?.0;
+        self.watched.is_none_or(|at| next < at).then_some(next)
+    }
+
+    fn fire(&mut self, now: Instant) {
+        while let Some(&(at, vm)) = self.timers.first() {
+            if at > now {
+                break;
+            }
+            self.timers.pop_first();
+            self.vms[vm as usize].deadline = None;
+            if self.vms[vm as usize].activity == Activity::Sleeping {
+                self.wake(vm);
+            }
+        }
+    }
+
+    fn wake(&mut self, vm: u32) -> bool {
+        let entry = &mut self.vms[vm as usize];
+        match entry.activity {
+            Activity::Sleeping => {
+                self.enqueue(vm, false);
+                true
+            }
+            Activity::Running => {
+                entry.pending = true;
+                false
+            }
+            Activity::Queued | Activity::Paused | Activity::Down => false,
+        }
+    }
+
+    fn enqueue(&mut self, vm: u32, bulk: bool) {
+        let entry = &mut self.vms[vm as usize];
+        if entry.paused {
+            entry.activity = Activity::Sleeping;
+            entry.pending = true;
+            return;
+        }
+        entry.activity = Activity::Queued;
+        entry.bulk = bulk;
+        if bulk { &mut self.bulk } else { &mut self.fresh }.push_back(vm);
+    }
+
+    fn pick(&mut self, max: usize, turns: &mut Vec<Turn>) {
+        while turns.len() < max {
+            self.turns = self.turns.wrapping_add(1);
+            let bulk_first = self.turns.is_multiple_of(BULK_SHARE);
+            let next = match bulk_first {
+                true => self.bulk.pop_front().or_else(|| self.fresh.pop_front()),
+                false => self.fresh.pop_front().or_else(|| self.bulk.pop_front()),
+            };
+            let Some(vm) = next else { break };
+            let entry = &mut self.vms[vm as usize];
+            if entry.paused {
+                entry.activity = Activity::Sleeping;
+                entry.pending = true;
+                continue;
+            }
+            entry.activity = Activity::Running;
+            turns.push(Turn { vm, bulk: entry.bulk });
+        }
+    }
+
+    fn set_timer(&mut self, vm: u32, deadline: Option<Instant>) {
+        if let Some(old) = self.vms[vm as usize].deadline.take() {
+            self.timers.remove(&(old, vm));
+        }
+        if let Some(at) = deadline {
+            self.timers.insert((at, vm));
+            self.vms[vm as usize].deadline = Some(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+    use std::time::Duration;
+
+    fn next(s: &Scheduler) -> u32 {
+        let mut turns = Vec::new();
+        assert!(s.take(1, &mut turns));
+        turns[0].vm
+    }
+
+    #[test]
+    fn runs_in_order_and_skips_sleepers() {
+        let s = Scheduler::new(3);
+        assert_eq!([next(&s), next(&s)], [0, 1]);
+        s.requeue(0, true);
+        s.park(1, None);
+        assert_eq!([next(&s), next(&s)], [2, 0]);
+        s.wake(1);
+        assert_eq!(next(&s), 1);
+    }
+
+    #[test]
+    fn a_wake_up_during_the_slice_is_another_turn() {
+        let s = Scheduler::new(1);
+        let vm = next(&s);
+        s.wake(vm);
+        s.park(vm, None);
+        assert_eq!(s.activity(vm), Activity::Queued);
+        assert_eq!(next(&s), vm);
+        s.park(vm, None);
+        assert_eq!(s.activity(vm), Activity::Sleeping);
+    }
+
+    #[test]
+    fn timers_fire_and_leave_no_trace() {
+        let s = Scheduler::new(2);
+        let start = Instant::now();
+        for _ in 0..2 {
+            next(&s);
+        }
+        s.park(0, Some(start + Duration::from_millis(40)));
+        s.park(1, Some(start + Duration::from_millis(10)));
+        assert_eq!([next(&s), next(&s)], [1, 0]);
+        assert!(start.elapsed() >= Duration::from_millis(40));
+        // Woken early a thousand times with a far timer: still one timer a VM.
+        for _ in 0..1000 {
+            s.park(0, Some(start + Duration::from_secs(1000)));
+            s.wake(0);
+            assert_eq!(next(&s), 0);
+        }
+        assert!(lock(&s.inner).timers.len() <= 2);
+    }
+
+    #[test]
+    fn paused_vms_keep_their_wake_ups() {
+        let s = Scheduler::new(1);
+        let vm = next(&s);
+        s.pause(vm);
+        s.park(vm, None);
+        s.wake(vm);
+        assert_eq!(s.activity(vm), Activity::Paused);
+        s.resume(vm);
+        assert_eq!(next(&s), vm);
+        s.pause(vm);
+        s.requeue(vm, true);
+        assert_eq!(s.activity(vm), Activity::Paused);
+        s.resume(vm);
+        assert_eq!(next(&s), vm);
+    }
+
+    #[test]
+    fn busy_vms_do_not_starve_woken_ones_nor_the_other_way_round() {
+        let s = Scheduler::new(40);
+        let mut seen = vec![0u32; 40];
+        for _ in 0..4000 {
+            let mut turns = Vec::new();
+            assert!(s.take(1, &mut turns));
+            let vm = turns[0].vm;
+            seen[vm as usize] += 1;
+            // Half of the fleet computes, half of it sleeps and is woken at once.
+            if vm < 20 {
+                s.requeue(vm, true);
+            } else {
+                s.park(vm, None);
+                s.wake(vm);
+            }
+        }
+        let (least, most) = (seen[..20].iter().min(), seen[..20].iter().max());
+        assert!(least >= Some(&40) && most <= Some(&60), "computing: {seen:?}");
+        let (least, most) = (seen[20..].iter().min(), seen[20..].iter().max());
+        assert!(least >= Some(&140) && most <= Some(&160), "woken: {seen:?}");
+    }
+
+    #[test]
+    fn no_wake_up_is_lost_under_stress() {
+        // Producers bump a VM's counter and wake it; the worker reads the counter at the start of the slice and parks.
+        // If a wake-up is lost, the last value is never seen.
+        const VMS: u32 = 8;
+        const ROUNDS: u64 = 20_000;
+        let s = Arc::new(Scheduler::new(VMS));
+        let sent: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
+        let seen: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
+        let inside: Arc<Vec<AtomicBool>> = Arc::new((0..VMS).map(|_| AtomicBool::new(false)).collect());
+        let workers: Vec<_> = (0..3)
+            .map(|_| {
+                let (s, sent, seen, inside) = (s.clone(), sent.clone(), seen.clone(), inside.clone());
+                std::thread::spawn(move || {
+                    let mut turns = Vec::new();
+                    while s.take(2, &mut turns) {
+                        for turn in turns.drain(..) {
+                            let vm = turn.vm as usize;
+                            assert!(!inside[vm].swap(true, SeqCst), "VM {vm} in two engines");
+                            seen[vm].store(sent[vm].load(SeqCst), SeqCst);
+                            inside[vm].store(false, SeqCst);
+                            s.park(turn.vm, Some(Instant::now() + Duration::from_secs(3600)));
+                        }
+                    }
+                })
+            })
+            .collect();
+        let producers: Vec<_> = (0..2)
+            .map(|p| {
+                let (s, sent) = (s.clone(), sent.clone());
+                std::thread::spawn(move || {
+                    for i in 0..ROUNDS {
+                        let vm = ((i * 7 + p) % u64::from(VMS)) as u32;
+                        sent[vm as usize].fetch_add(1, SeqCst);
+                        s.wake(vm);
+                        if i % 64 == 0 {
+                            std::thread::yield_now();
+                        }
+                    }
+                })
+            })
+            .collect();
+        for p in producers {
+            p.join().unwrap();
+        }
+        let end = Instant::now() + Duration::from_secs(20);
+        while (0..VMS as usize).any(|vm| seen[vm].load(SeqCst) != sent[vm].load(SeqCst)) {
+            assert!(Instant::now() < end, "a wake-up was lost");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        s.stop();
+        for w in workers {
+            w.join().unwrap();
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Workers: take runnable VMs, run a slice of each, settle what came of it.
+
+use std::sync::atomic::{
+    Ordering::{Relaxed, SeqCst},
+    fence,
+};
+use std::time::Instant;
+
+use crate::abi::{
+    ETH_FRAME_BYTES, EXIT_BUDGET, EXIT_DRAIN, EXIT_FAILURE, EXIT_IDLE, EXIT_NO_FRAME, EXIT_REBOOT,
+    EXIT_SHUTDOWN, EXIT_STOPPED, SliceRequest, SliceResult,
+};
+use crate::backend::{Engine, EngineError, Slice};
+use crate::console::scan::Mark;
+use crate::fleet::clock::{TimeMode, Wake};
+use crate::fleet::sched::Turn;
+use crate::fleet::vm::Life;
+use crate::fleet::{Shared, lock};
+
+/// So many reboots without READY in between are a failure.
+const FUTILE_BOOTS: u32 = 3;
+
+/// Buffers that a worker keeps from slice to slice.
+struct Scratch {
+    output: Vec<u8>,
+    marks: Vec<Mark>,
+    frame: Box<[u8; ETH_FRAME_BYTES as usize]>,
+}
+
+/// Reports a worker that panics, so that the fleet ends instead of hanging.
+struct Alarm<'a>(&'a Shared);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fault("a worker thread of the emulator crashed; see its message above".into());
+        }
+    }
+}
+
+/// Runs slices until the fleet stops.
+pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
+    let alarm = Alarm(shared);
+    let batch = engine.batch().max(1);
+    let mut scratch =
+        Scratch { output: Vec::new(), marks: Vec::new(), frame: Box::new([0; ETH_FRAME_BYTES as usize]) };
+    let mut turns: Vec<Turn> = Vec::new();
+    let mut slices: Vec<Slice> = Vec::new();
+    let mut results: Vec<SliceResult> = Vec::new();
+    loop {
+        turns.clear();
+        slices.clear();
+        results.clear();
+        if !shared.sched.take(batch, &mut turns) {
+            break;
+        }
+        let now = Instant::now();
+        slices.extend(turns.iter().map(|turn| shared.slice(*turn, now)));
+        let ran = engine.run(&slices, &mut results);
+        shared.engine_nanos.fetch_add(now.elapsed().as_nanos() as u64, Relaxed);
+        if let Err(error) = ran {
+            shared.fault(error.to_string());
+            break;
+        }
+        if results.len() != turns.len() {
+            shared.fault(format!("the engine ran {} of {} slices", results.len(), turns.len()));
+            break;
+        }
+        for (turn, result) in turns.iter().zip(&results) {
+            shared.settle(turn.vm, result, &mut scratch);
+        }
+    }
+    drop(alarm);
+}
+
+/// What happens to a VM after its slice.
+enum Next {
+    Run { bulk: bool },
+    Sleep(Wake),
+    Reboot,
+    Down(Life),
+}
+
+impl Shared {
+    fn slice(&self, turn: Turn, now: Instant) -> Slice {
+        let (time_mode, now_ticks) = lock(&self.vms[turn.vm as usize].record).clock.request(now);
+        let budget = if turn.bulk { self.config.budget.bulk } else { self.config.budget.fresh };
+        Slice { vm: turn.vm, request: SliceRequest { budget, now_ticks, time_mode, reserved: 0 } }
+    }
+
+    fn settle(&self, vm: u32, result: &SliceResult, scratch: &mut Scratch) {
+        let state = &self.vms[vm as usize];
+        let mailbox = self.machines.mailbox(vm);
+        self.steps.fetch_add(result.steps, Relaxed);
+
+        scratch.output.clear();
+        scratch.marks.clear();
+        if mailbox.drain_console(&mut scratch.output) > 0 {
+            state.console.output(&scratch.output, &mut scratch.marks);
+            if let Some(logs) = &self.logs {
+                logs.append(vm, &scratch.output);
+            }
+        }
+        let typed = state.console.refill(mailbox);
+        let frames = self.settle_frames(vm, scratch);
+
+        let next = {
+            let mut record = lock(&state.record);
+            record.last = *result;
+            let mut next = None;
+            for mark in scratch.marks.drain(..) {
+                match mark {
+                    Mark::Ready(n) if record.life == Life::Booting => {
+                        if n == vm {
+                            if record.is_ready(self.config.started, result.newline_instret) {
+                                self.been_ready.fetch_add(1, SeqCst);
+                            }
+                            if self.config.time == TimeMode::Real {
+                                record.clock.follow_wall(Instant::now(), result.time_ticks);
+                            }
+                            self.changed();
+                        } else {
+                            let why = format!(
+                                "it said READY {n}, but it is VM {vm}: the guest has read another VM's identity"
+                            );
+                            next = Some(Next::Down(Life::Failed(why)));
+                        }
+                    }
+                    Mark::Ready(_) => {}
+                    Mark::Panic(line) => next = Some(Next::Down(Life::Failed(line))),
+                }
+            }
+            let record = &*record;
+            next.unwrap_or_else(|| match result.exit {
+                EXIT_BUDGET => Next::Run { bulk: true },
+                // What the host had in store for the guest is in the mailbox now.
+                EXIT_IDLE if typed => Next::Run { bulk: false },
+                EXIT_IDLE => Next::Sleep(record.clock.wake_at(result.wake_ticks)),
+                EXIT_DRAIN if frames == Frames::Full => Next::Sleep(Wake::Never),
+                EXIT_DRAIN => Next::Run { bulk: true },
+                EXIT_SHUTDOWN | EXIT_STOPPED => Next::Down(Life::Stopped),
+                EXIT_REBOOT => Next::Reboot,
+                EXIT_NO_FRAME => Next::Down(Life::Failed(
+                    "frame pool exhausted: the fleet's memory is used up; run fewer VMs or give it more memory".into(),
+                )),
+                EXIT_FAILURE => {
+                    Next::Down(Life::Failed("the guest kernel asked for a reset because of a failure".into()))
+                }
+                other => Next::Down(Life::Failed(format!("the machine ended its slice with unknown code {other}"))),
+            })
+        };
+        match next {
+            Next::Run { bulk } => self.sched.requeue(vm, bulk),
+            Next::Sleep(Wake::Never) => self.sched.park(vm, None),
+            Next::Sleep(Wake::At(at)) => self.sched.park(vm, Some(at)),
+            Next::Sleep(Wake::Now) => self.sched.requeue(vm, true),
+            Next::Reboot => self.reboot(vm),
+            Next::Down(life) => {
+                // Others can use its memory. A VM that crashed keeps it, for a look at what it did.
+                if matches!(result.exit, EXIT_SHUTDOWN | EXIT_STOPPED | EXIT_NO_FRAME) {
+                    match self.reset(vm) {
+                        Ok(()) => lock(&state.record).last.private_frames = 0,
+                        Err(error) => tracing::warn!("VM {vm}: its memory could not be given back: {error}"),
+                    }
+                }
+                self.take_down(vm, life);
+            }
+        }
+    }
+
+    fn settle_frames(&self, vm: u32, scratch: &mut Scratch) -> Frames {
+        let state = &self.vms[vm as usize];
+        let mailbox = self.machines.mailbox(vm);
+        if !self.config.bridged {
+            let _taking = lock(&state.transmit);
+            let mut dropped = 0;
+            while mailbox.take_frame(&mut scratch.frame).is_some() {
+                dropped += 1;
+            }
+            if dropped > 0 {
+                lock(&state.record).earlier.dropped += dropped;
+            }
+            return Frames::Room;
+        }
+        let mut call = false;
+        let mut frames = Frames::Room;
+        if mailbox.has_frames() {
+            call = self.mark_dirty(vm);
+            if mailbox.transmit_full() {
+                // Either the bridge sees the flag when it has taken a frame, or we see that it has.
+                state.tx_blocked.store(true, SeqCst);
+                fence(SeqCst);
+                if mailbox.transmit_full() {
+                    frames = Frames::Full;
+                } else {
+                    state.tx_blocked.store(false, SeqCst);
+                }
+            }
+        }
+        if state.wants_room.load(SeqCst) && !mailbox.receive_full() && state.wants_room.swap(false, SeqCst) {
+            call = true;
+            self.mark_dirty(vm);
+        }
+        if call {
+            self.call_bridge();
+        }
+        frames
+    }
+
+    fn reboot(&self, vm: u32) {
+        let state = &self.vms[vm as usize];
+        if let Err(error) = self.reset(vm) {
+            self.take_down(vm, Life::Failed(format!("it could not be reset: {error}")));
+            return;
+        }
+        state.console.reset();
+        let futile = {
+            let mut record = lock(&state.record);
+            record.restart();
+            record.futile_boots
+        };
+        if futile >= FUTILE_BOOTS {
+            let why = format!("it rebooted {futile} times without becoming ready");
+            self.take_down(vm, Life::Failed(why));
+            return;
+        }
+        self.changed();
+        self.sched.requeue(vm, true);
+    }
+
+    fn reset(&self, vm: u32) -> Result<(), EngineError> {
+        let _one_at_a_time = lock(&self.resetting);
+        self.machines.reset(vm)
+    }
+
+    fn take_down(&self, vm: u32, life: Life) {
+        let state = &self.vms[vm as usize];
+        lock(&state.record).life = life;
+        state.down.store(true, SeqCst);
+        self.downs.fetch_add(1, SeqCst);
+        self.sched.retire(vm);
+        state.console.close();
+        self.mark_dirty(vm);
+        self.call_bridge();
+        self.changed();
+    }
+}
+
+/// Whether the guest can go on sending.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frames {
+    Room,
+    Full,
+}

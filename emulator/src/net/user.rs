@@ -1,0 +1,201 @@
+//! The `user` transport: no privileges, only host sockets on loopback.
+//!
+//! One listener a VM on 127.0.0.1; each accepted connection becomes a TCP connection from the LAN's host side to the
+//! VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps when nothing happens.
+
+mod connection;
+mod event_loop;
+mod stack;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mio::net::TcpListener;
+use mio::{Poll, Waker};
+
+use super::Links;
+use super::counters::Counters;
+use super::ports::{self, PortsError};
+use super::rewrite::Ports;
+use event_loop::{EventLoop, WAKER};
+
+/// What the bridge serves.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Host port of VM 0, number of VMs, and the port in the VMs.
+    pub ports: Ports,
+    /// Limits; the defaults suit a fleet of web servers.
+    pub limits: Limits,
+}
+
+impl Config {
+    /// VM n's port 80 on 127.0.0.1:`port_base` + n.
+    pub fn new(port_base: u16, vms: u32) -> Self {
+        Self { ports: Ports { base: port_base, vms, guest: 80 }, limits: Limits::default() }
+    }
+}
+
+/// How long and how much the bridge bears. All times are the host's.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From a client's connect until its VM has answered; a VM that is still booting is waited for so long.
+    pub connect: Duration,
+    /// Without a byte in either direction.
+    pub idle: Duration,
+    /// Without the client closing, once the VM has closed.
+    pub half_closed: Duration,
+    /// Without a sign of a VM that owes an acknowledgement.
+    pub silence: Duration,
+    /// Connections open at once; more wait in the listeners' backlogs. The limit of open files may lower it.
+    pub connections: usize,
+    /// Connections open at once to one VM; more wait their turn.
+    pub connections_per_vm: u32,
+    /// Handshakes at once with one VM; more wait their turn.
+    pub handshakes_per_vm: u32,
+    /// Bytes buffered in each direction of a connection: the most that is in flight.
+    pub window: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(20),
+            idle: Duration::from_secs(300),
+            half_closed: Duration::from_secs(60),
+            silence: Duration::from_secs(90),
+            connections: 16_384,
+            connections_per_vm: 512,
+            handshakes_per_vm: 16,
+            window: 16 * 1024,
+        }
+    }
+}
+
+/// Why the bridge could not be started, or ended by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host ports could not be had.
+    #[error(transparent)]
+    Ports(#[from] PortsError),
+    /// The links belong to another number of VMs than the ports.
+    #[error("the bridge has ports for {ports} VMs, but the fleet has {vms}")]
+    Vms {
+        /// VMs that have ports.
+        ports: u32,
+        /// VMs in the fleet.
+        vms: u32,
+    },
+    /// Started twice.
+    #[error("the bridge was started already")]
+    Started,
+    /// The system refused something that the bridge can't do without.
+    #[error("the bridge can't {what}")]
+    Io {
+        /// What it was about to do.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The bridge's thread failed: a mistake in the program.
+    #[error("the bridge's thread failed")]
+    Failed,
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { what, source }
+}
+
+/// The bridge: bound, then started, then stopped (at the latest when dropped).
+pub struct UserBridge {
+    config: Config,
+    counters: Arc<Counters>,
+    listeners: Option<Vec<TcpListener>>,
+    running: Option<Running>,
+}
+
+struct Running {
+    thread: JoinHandle<Result<(), Error>>,
+    stop: Arc<AtomicBool>,
+    waker: Arc<Waker>,
+    links: Arc<dyn Links>,
+}
+
+impl UserBridge {
+    /// Takes all ports, or none. Nothing is served before [`UserBridge::start`], but clients can already connect and
+    /// wait.
+    pub fn bind(mut config: Config) -> Result<Self, Error> {
+        ports::check(&config.ports)?;
+        config.limits.connections = ports::allow_files(config.ports.vms, config.limits.connections)?;
+        let listeners = ports::bind(&config.ports)?;
+        Ok(Self { config, counters: Arc::default(), listeners: Some(listeners), running: None })
+    }
+
+    /// Starts to serve, in a thread of its own.
+    pub fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error> {
+        let (ports, vms) = (self.config.ports.vms, links.vms());
+        if ports != vms {
+            return Err(Error::Vms { ports, vms });
+        }
+        let listeners = self.listeners.take().ok_or(Error::Started)?;
+        let poll = Poll::new().map_err(io_error("wait for sockets"))?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER).map_err(io_error("be woken"))?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let woken = Arc::new(AtomicBool::new(false));
+        let mut event_loop = EventLoop::new(
+            self.config,
+            links.clone(),
+            self.counters.clone(),
+            poll,
+            listeners,
+            stop.clone(),
+            woken.clone(),
+        )
+        .map_err(io_error("watch its ports"))?;
+        let thread = std::thread::Builder::new()
+            .name("net-user".into())
+            .spawn(move || event_loop.run().map_err(io_error("wait for sockets")))
+            .map_err(io_error("start its thread"))?;
+        let wake = waker.clone();
+        links.set_waker(Arc::new(move || {
+            // The first call since the last round writes to the waker; the rest cost one atomic.
+            if !woken.swap(true, Ordering::AcqRel) {
+                let _ = wake.wake();
+            }
+        }));
+        // A frame may have been sent before the waker was set.
+        let _ = waker.wake();
+        self.running = Some(Running { thread, stop, waker, links });
+        Ok(())
+    }
+
+    /// Ends all connections and joins the thread. The ports are free afterwards.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        self.listeners = None;
+        let Some(running) = self.running.take() else { return Ok(()) };
+        running.stop.store(true, Ordering::Release);
+        let woken = running.waker.wake();
+        running.links.set_waker(Arc::new(|| ()));
+        woken.map_err(io_error("wake its thread"))?;
+        running.thread.join().map_err(|_| Error::Failed)?
+    }
+
+    /// What passed so far. Can be read while the bridge runs and after it stopped.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
+    /// The configuration, with the number of connections that the limit of open files leaves.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+}
+
+impl Drop for UserBridge {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}

@@ -1,0 +1,493 @@
+//! The bridge's thread: sockets, the VMs' frames and timers, served in rounds.
+//!
+//! A round takes all that is ready and serves each connection concerned once, so that packets that came together are
+//! acknowledged together. Without events the thread sleeps: idle VMs and idle connections cost nothing.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use mio::net::TcpListener;
+use mio::{Events, Interest, Poll, Token};
+
+use super::Config;
+use super::connection::{Connection, Env, Failure, Phase, reset};
+use super::stack::Stack;
+use crate::net::Links;
+use crate::net::counters::Counters;
+use crate::net::lan::{Lan, TCP_ROOM};
+use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, TCP};
+use crate::net::reason::Reason;
+
+/// The waker's token; listeners have their VM's number, connections follow.
+pub const WAKER: Token = Token(usize::MAX);
+/// Frames taken from one VM, and connections accepted from one listener, before others get their turn.
+const TURN: usize = 64;
+/// How often the VMs of open connections are looked after: nobody tells when a VM goes down.
+const DOWN_CHECK: Duration = Duration::from_millis(250);
+/// After the system had no file or memory for a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What connections to one VM share. Exists while there are any.
+#[derive(Default)]
+struct Vm {
+    /// Connections of any phase.
+    open: u32,
+    /// Connections that have a port of the host side.
+    active: u32,
+    handshakes: u32,
+    waiting: VecDeque<(usize, u64)>,
+    starved: VecDeque<(usize, u64)>,
+}
+
+pub struct EventLoop {
+    config: Config,
+    poll: Poll,
+    stop: Arc<AtomicBool>,
+    woken: Arc<AtomicBool>,
+    listeners: Vec<TcpListener>,
+    counters: Arc<Counters>,
+    lan: Lan,
+    stack: Stack,
+    connections: Vec<Option<Connection>>,
+    free: Vec<usize>,
+    open: usize,
+    next_id: u64,
+    by_port: HashMap<(u32, u16), usize>,
+    vms: HashMap<u32, Vm>,
+    timers: BinaryHeap<Reverse<(Instant, usize, u64)>>,
+    /// Connections to serve in this round.
+    touched: Vec<usize>,
+    /// VMs that may have frames.
+    dirty: Vec<u32>,
+    /// Listeners with clients to accept.
+    accepting: VecDeque<u32>,
+    /// Which listeners are among them.
+    queued: Vec<bool>,
+    /// Nothing is accepted before then.
+    accept_after: Option<Instant>,
+    next_down_check: Option<Instant>,
+    now: Instant,
+}
+
+impl EventLoop {
+    pub fn new(
+        config: Config,
+        links: Arc<dyn Links>,
+        counters: Arc<Counters>,
+        poll: Poll,
+        mut listeners: Vec<TcpListener>,
+        stop: Arc<AtomicBool>,
+        woken: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        for (vm, listener) in listeners.iter_mut().enumerate() {
+            poll.registry().register(listener, Token(vm), Interest::READABLE)?;
+        }
+        let now = Instant::now();
+        Ok(Self {
+            config,
+            poll,
+            stop,
+            woken,
+            listeners,
+            lan: Lan::new(links, counters.clone()),
+            counters,
+            stack: Stack::new(config.ports.vms, config.limits.window, now),
+            connections: Vec::new(),
+            free: Vec::new(),
+            open: 0,
+            next_id: 0,
+            by_port: HashMap::new(),
+            vms: HashMap::new(),
+            timers: BinaryHeap::new(),
+            touched: Vec::new(),
+            dirty: Vec::new(),
+            accepting: VecDeque::new(),
+            queued: vec![false; config.ports.vms as usize],
+            accept_after: None,
+            next_down_check: None,
+            now,
+        })
+    }
+
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        let mut frame: FrameBuf = [0; FRAME_MAX];
+        let mut with_room = Vec::new();
+        loop {
+            let timeout = self.timeout();
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            if self.stop.load(Ordering::Acquire) {
+                self.counters.open.store(0, Ordering::Relaxed);
+                return Ok(());
+            }
+            self.now = Instant::now();
+            for event in &events {
+                self.event(event);
+            }
+            // What is sent from here on wakes the next round.
+            let woken = self.woken.swap(false, Ordering::AcqRel);
+            self.take_frames(&mut frame);
+            self.lan.retry_due(woken, self.now, &mut with_room);
+            for vm in with_room.drain(..) {
+                self.touch_starved(vm, TCP_ROOM);
+            }
+            self.accept();
+            self.expire();
+            self.check_down();
+            self.serve_touched();
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let accept_now = !self.accepting.is_empty() && self.accept_after.is_none() && self.may_accept();
+        if accept_now || !self.dirty.is_empty() || !self.touched.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let due = [
+            self.timers.peek().map(|Reverse((at, ..))| *at),
+            self.lan.next_retry(),
+            self.accept_after.filter(|_| !self.accepting.is_empty()),
+            self.next_down_check,
+        ];
+        let due = due.into_iter().flatten().min()?;
+        Some(due.saturating_duration_since(Instant::now()))
+    }
+
+    fn event(&mut self, event: &mio::event::Event) {
+        let Token(token) = event.token();
+        if event.token() == WAKER {
+            return;
+        }
+        let Some(index) = token.checked_sub(self.listeners.len()) else {
+            if !std::mem::replace(&mut self.queued[token], true) {
+                self.accepting.push_back(token as u32);
+            }
+            return;
+        };
+        // The connection may be gone, and another in its place: it will find that nothing is ready.
+        let Some(Some(connection)) = self.connections.get_mut(index) else { return };
+        connection.ready(event);
+        if event.is_error() && connection.client_failed() {
+            let mut env = Env {
+                stack: &mut self.stack,
+                lan: &mut self.lan,
+                limits: &self.config.limits,
+                now: self.now,
+            };
+            connection.fail(Failure::Reset, &mut env);
+        }
+        self.touch(index);
+    }
+
+    fn touch(&mut self, index: usize) {
+        if let Some(Some(connection)) = self.connections.get_mut(index)
+            && !connection.touched
+        {
+            connection.touched = true;
+            self.touched.push(index);
+        }
+    }
+
+    /// Touches connections that wait for room at a VM, the longest waiting first. Each that finds more room than it
+    /// needs touches the next.
+    fn touch_starved(&mut self, vm: u32, most: usize) {
+        for _ in 0..most {
+            let Some((index, id)) = self.vms.get_mut(&vm).and_then(|state| state.starved.pop_front()) else {
+                return;
+            };
+            if let Some(Some(connection)) = self.connections.get_mut(index)
+                && connection.id == id
+            {
+                connection.listed = false;
+                self.touch(index);
+            }
+        }
+    }
+
+    fn take_frames(&mut self, frame: &mut FrameBuf) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        self.lan.links().take_dirty(&mut dirty);
+        for vm in dirty.drain(..) {
+            if !self.lan.is_clear(vm) && self.lan.retry(vm, self.now) {
+                self.touch_starved(vm, TCP_ROOM);
+            }
+            let mut taken = 0;
+            while let Ok(packet) = self.lan.take(vm, frame, self.now) {
+                if let Some(packet) = packet
+                    && let Err(reason) = self.receive(vm, packet)
+                {
+                    self.counters.dropped(reason);
+                }
+                taken += 1;
+                if taken == TURN {
+                    self.dirty.push(vm);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// A packet from a VM to the host side.
+    fn receive(&mut self, vm: u32, packet: Ipv4<'_>) -> Result<(), Reason> {
+        let segment = packet.segment()?;
+        if packet.protocol() != TCP {
+            return Err(Reason::Protocol);
+        }
+        packet.verify_segment(&segment)?;
+        let index = match self.by_port.get(&(vm, segment.dst_port)) {
+            Some(&index) if segment.src_port == self.config.ports.guest => index,
+            _ => {
+                let _ = self.stack.reject(vm, packet.bytes(), &mut self.lan, self.now);
+                return Err(Reason::NoConnection);
+            }
+        };
+        let Some(Some(connection)) = self.connections.get_mut(index) else {
+            return Err(Reason::NoConnection);
+        };
+        let mut env =
+            Env { stack: &mut self.stack, lan: &mut self.lan, limits: &self.config.limits, now: self.now };
+        if connection.receive(packet.bytes(), &mut env).is_err() {
+            connection.crash(&self.counters);
+            self.remove(index);
+            return Ok(());
+        }
+        self.touch(index);
+        Ok(())
+    }
+
+    fn may_accept(&self) -> bool {
+        self.open < self.config.limits.connections
+    }
+
+    fn accept(&mut self) {
+        if self.accept_after.is_some_and(|after| self.now < after) {
+            return;
+        }
+        self.accept_after = None;
+        for _ in 0..self.accepting.len() {
+            let Some(vm) = self.accepting.pop_front() else { return };
+            let mut turn = TURN;
+            loop {
+                if turn == 0 || !self.may_accept() {
+                    self.accepting.push_back(vm);
+                    break;
+                }
+                turn -= 1;
+                match self.listeners[vm as usize].accept() {
+                    Ok((client, _)) => self.accepted(vm, client),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                        self.queued[vm as usize] = false;
+                        break;
+                    }
+                    Err(error) if is_exhausted(&error) => {
+                        self.accept_after = Some(self.now + ACCEPT_PAUSE);
+                        self.accepting.push_back(vm);
+                        return;
+                    }
+                    // The client has gone again.
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, vm: u32, mut client: mio::net::TcpStream) {
+        Counters::add(&self.counters.accepted, 1);
+        if self.lan.links().is_down(vm) {
+            Counters::add(&self.counters.refused, 1);
+            reset(client);
+            return;
+        }
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.connections.push(None);
+            self.connections.len() - 1
+        });
+        let token = Token(self.listeners.len() + index);
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        // Without it, small answers could wait for acknowledgements. It is no loss if the system refuses.
+        let _ = client.set_nodelay(true);
+        if self.poll.registry().register(&mut client, token, interest).is_err() {
+            self.free.push(index);
+            reset(client);
+            return;
+        }
+        self.next_id += 1;
+        let id = self.next_id;
+        self.connections[index] = Some(Connection::new(id, vm, client, self.now));
+        self.open += 1;
+        Counters::add(&self.counters.open, 1);
+        self.next_down_check.get_or_insert(self.now + DOWN_CHECK);
+        let state = self.vms.entry(vm).or_default();
+        state.open += 1;
+        state.waiting.push_back((index, id));
+        self.touch(index);
+        self.admit(vm);
+    }
+
+    /// Lets the connections that wait for their turn at a VM go ahead, as many as may.
+    fn admit(&mut self, vm: u32) {
+        let limits = self.config.limits;
+        loop {
+            let Some(state) = self.vms.get_mut(&vm) else { return };
+            if state.active >= limits.connections_per_vm || state.handshakes >= limits.handshakes_per_vm {
+                return;
+            }
+            let Some((index, id)) = state.waiting.pop_front() else { return };
+            let Some(Some(connection)) = self.connections.get_mut(index) else { continue };
+            if connection.id != id || connection.phase() != Phase::Waiting {
+                continue;
+            }
+            let by_port = &self.by_port;
+            let started = self
+                .stack
+                .port(vm, |port| by_port.contains_key(&(vm, port)))
+                .and_then(|port| Some((self.stack.connect(vm, port, self.config.ports.guest)?, port)));
+            // All ports to this VM in use: the next connection that ends admits again.
+            let Some((tcp, port)) = started else {
+                state.waiting.push_front((index, id));
+                return;
+            };
+            state.active += 1;
+            state.handshakes += 1;
+            connection.connect(tcp, port, self.now);
+            self.by_port.insert((vm, port), index);
+            self.touch(index);
+        }
+    }
+
+    fn expire(&mut self) {
+        while let Some(&Reverse((at, index, id))) = self.timers.peek() {
+            if at > self.now {
+                return;
+            }
+            self.timers.pop();
+            let Some(Some(connection)) = self.connections.get_mut(index) else { continue };
+            if connection.id == id && connection.scheduled == Some(at) {
+                connection.scheduled = None;
+                self.touch(index);
+            }
+        }
+    }
+
+    /// Refuses connections to VMs that have gone down.
+    fn check_down(&mut self) {
+        if self.next_down_check.is_none_or(|at| self.now < at) {
+            return;
+        }
+        let mut down: Vec<u32> = self.vms.keys().copied().collect();
+        down.retain(|&vm| self.lan.links().is_down(vm));
+        if !down.is_empty() {
+            for index in 0..self.connections.len() {
+                let Some(Some(connection)) = self.connections.get_mut(index) else { continue };
+                if !down.contains(&connection.vm) || connection.phase() == Phase::Draining {
+                    continue;
+                }
+                let why = if connection.phase() == Phase::Open { Failure::Reset } else { Failure::Refused };
+                let mut env = Env {
+                    stack: &mut self.stack,
+                    lan: &mut self.lan,
+                    limits: &self.config.limits,
+                    now: self.now,
+                };
+                connection.fail(why, &mut env);
+                self.remove(index);
+            }
+            for vm in down {
+                self.lan.forget(vm);
+            }
+        }
+        self.next_down_check = (self.open > 0).then_some(self.now + DOWN_CHECK);
+    }
+
+    fn serve_touched(&mut self) {
+        // Serving one may touch others; they are served in the next round, which then follows at once.
+        for index in std::mem::take(&mut self.touched) {
+            self.serve(index);
+        }
+    }
+
+    fn serve(&mut self, index: usize) {
+        let Some(Some(connection)) = self.connections.get_mut(index) else { return };
+        connection.touched = false;
+        let before = connection.phase();
+        let mut env =
+            Env { stack: &mut self.stack, lan: &mut self.lan, limits: &self.config.limits, now: self.now };
+        let over = connection.serve(&mut env);
+        let (vm, id) = (connection.vm, connection.id);
+        if over {
+            self.remove(index);
+            self.pass_room_on(vm);
+            return;
+        }
+        if connection.starved
+            && !connection.listed
+            && let Some(state) = self.vms.get_mut(&vm)
+        {
+            connection.listed = true;
+            state.starved.push_back((index, id));
+        }
+        if let Some(due) = connection.next_due(&self.config.limits)
+            && connection.scheduled.is_none_or(|at| due < at)
+        {
+            connection.scheduled = Some(due);
+            self.timers.push(Reverse((due, index, id)));
+        }
+        if before == Phase::Connecting && connection.phase() != Phase::Connecting {
+            if let Some(state) = self.vms.get_mut(&vm) {
+                state.handshakes -= 1;
+            }
+            connection.handshake_over = true;
+            self.admit(vm);
+        }
+        self.pass_room_on(vm);
+    }
+
+    fn pass_room_on(&mut self, vm: u32) {
+        if self.lan.has_room(vm) {
+            self.touch_starved(vm, 1);
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index).and_then(Option::take) else { return };
+        self.free.push(index);
+        self.open -= 1;
+        self.counters.open.fetch_sub(1, Ordering::Relaxed);
+        let vm = connection.vm;
+        if let Some(state) = self.vms.get_mut(&vm) {
+            state.open -= 1;
+            if connection.port != 0 {
+                self.by_port.remove(&(vm, connection.port));
+                state.active -= 1;
+                if !connection.handshake_over {
+                    state.handshakes -= 1;
+                }
+            }
+            if state.open == 0 {
+                self.vms.remove(&vm);
+            }
+        }
+        self.admit(vm);
+    }
+}
+
+/// Whether the system is out of files or memory, so that accepting has to wait.
+fn is_exhausted(error: &io::Error) -> bool {
+    #[cfg(unix)]
+    {
+        use rustix::io::Errno;
+        let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+        Errno::from_io_error(error).is_some_and(|errno| exhausted.contains(&errno))
+    }
+    #[cfg(not(unix))]
+    {
+        error.kind() == ErrorKind::OutOfMemory
+    }
+}

@@ -1,0 +1,292 @@
+//! `cargo xtask image`: from a profile to kernel, initrd, device tree and manifest.
+//!
+//! A builder makes kernel and programs, which takes minutes and is cached by its inputs. All the rest, the overlays,
+//! the generated /init, the device tree and the manifest, takes well under a second and is made anew each time, so
+//! there is no cache that could be out of date.
+
+pub mod cache;
+pub mod cpio;
+pub mod direct;
+pub mod dts;
+pub mod error;
+pub mod init;
+pub mod kernel_image;
+pub mod manifest;
+pub mod overlay;
+pub mod parts;
+pub mod profile;
+pub mod step;
+pub mod text;
+pub mod tree;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::flags::{ImageArgs, ImageChoice};
+use crate::repo;
+use cache::{Cache, Files};
+use error::Error;
+use manifest::{FileSum, Input, Layout, Manifest};
+use overlay::{Layers, Overlay};
+use parts::{Parts, Wanted};
+use profile::{BuilderName, Profile, Ram};
+use text::{Located, Source};
+use tree::{Kind, Tree, sha256};
+
+/// RAM that the guest needs beyond kernel and initrd: page tables, slabs, nginx, crond and one request at a time.
+const RAM_MARGIN: u64 = 896 * 1024;
+
+/// What a command asks of an image, beside the profile.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// RAM other than the profile's.
+    pub ram: Option<Ram>,
+    /// A builder other than the profile's.
+    pub builder: Option<BuilderName>,
+    /// Say nothing unless something is wrong.
+    pub quiet: bool,
+}
+
+/// An image that is there.
+#[derive(Debug)]
+#[allow(dead_code, reason = "for the commands that run an image")]
+pub struct ImageDir {
+    /// The folder with Image, initrd.cpio, vm.dtb and manifest.json. It is never changed, only replaced as a whole.
+    pub dir: PathBuf,
+    /// The copy in out/.
+    pub out: PathBuf,
+    /// What manifest.json says.
+    pub manifest: Manifest,
+    /// The profile that it was made from.
+    pub profile: Profile,
+    /// Whether anything was made that was not there before.
+    pub changed: bool,
+}
+
+impl From<&ImageChoice> for Options {
+    fn from(choice: &ImageChoice) -> Self {
+        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet }
+    }
+}
+
+/// `cargo xtask image`.
+pub fn command(args: &ImageArgs) -> miette::Result<()> {
+    let root = repo::root()?;
+    if args.list {
+        list(&root)?;
+        return Ok(());
+    }
+    let start = Instant::now();
+    let image = ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    if !args.choice.quiet {
+        println!("{}", summary(&root, &image, start));
+    }
+    Ok(())
+}
+
+/// Makes sure that the image of a profile is there, building what is missing.
+pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir, Error> {
+    if !cfg!(target_os = "linux") {
+        return Err(Error::plain(
+            "guest images can be built on Linux only",
+            "Build it on a Debian 12 or 13 machine and copy the folder out/PROFILE here.",
+        ));
+    }
+    let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
+    let cache = Cache::open()?;
+    let parts = plan.wanted.build(root, &cache, options.quiet)?;
+    let image = plan.assemble(&parts)?;
+    image.store(root, &cache)
+}
+
+/// Everything about an image that can be known, and be wrong, before anything is built.
+struct Plan {
+    profile: Profile,
+    builder: BuilderName,
+    wanted: Wanted,
+    ram: Ram,
+    /// Each with the place where the profile names it.
+    overlays: Vec<(Located<String>, Overlay)>,
+    init: Tree,
+    template: Arc<Source>,
+    /// Name of the folder in out/.
+    out: String,
+}
+
+/// An image in memory.
+struct Assembled {
+    profile: Profile,
+    manifest: Manifest,
+    files: Files,
+    out: String,
+}
+
+impl Plan {
+    fn new(root: &Path, profile: Profile, options: &Options) -> Result<Self, Error> {
+        let builder = options.builder.unwrap_or(profile.builder);
+        if builder == BuilderName::Buildroot {
+            return Err(Error::plain(
+                "the builder `buildroot` is not in this release",
+                "Use `--builder direct`, the default: it makes the same guest from the distribution's source packages.",
+            ));
+        }
+        let wanted = Wanted::find(root, &profile)?;
+        let ram = options.ram.unwrap_or(profile.ram.value);
+        let mut overlays = Vec::new();
+        let mut layers = Layers::default();
+        for name in &profile.overlays {
+            let overlay = Overlay::load(root, name)?;
+            layers.add(
+                &format!("overlay `{}`", overlay.name),
+                &overlay.tree,
+                &overlay.replaces,
+                Some(name),
+            )?;
+            overlays.push((name.clone(), overlay));
+        }
+        let init = init::layer(&profile)?;
+        layers.add(GENERATED, &init, &[], None)?;
+        let template = dts::template(root)?;
+        // With figures that fit: a broken template should not wait until the kernel is built.
+        let trial = Layout::new(Ram(64 << 20), 4096, 4096, 0)?;
+        let dts = dts::render(&template, &trial, &profile.bootargs)?;
+        if dts::can_compile() {
+            dts::check(&dts::compile(&template, &dts)?, &trial, &profile.bootargs)?;
+        }
+        let out = match ram == profile.ram.value {
+            true => profile.name.clone(),
+            false => format!("{}-{}", profile.name, ram.to_string().replace(' ', "")),
+        };
+        Ok(Self { profile, builder, wanted, ram, overlays, init, template, out })
+    }
+
+    /// Lays the overlays and the generated files over the builder's parts.
+    fn assemble(self, parts: &Parts) -> Result<Assembled, Error> {
+        let kernel = kernel_image::check(&parts.image).map_err(|e| {
+            Error::plain(
+                format!("{}: the kernel cannot be used: {e}", parts.image_path.display()),
+                "Remove that file's folder; it is built again then.",
+            )
+        })?;
+
+        let mut layers = Layers::default();
+        let mut initrd = Vec::new();
+        let mut inode = 1;
+        let mut inputs = parts.inputs.clone();
+        let mut segment = |tree: &Tree| -> Result<(), Error> {
+            initrd.extend(cpio::archive(tree, inode)?);
+            inode += u32::try_from(tree.len()).unwrap_or(u32::MAX - inode);
+            Ok(())
+        };
+        segment(&layers.add("the programs", &parts.tree, &[], None)?)?;
+        for (at, overlay) in &self.overlays {
+            let name = format!("overlay `{}`", overlay.name);
+            segment(&layers.add(&name, &overlay.tree, &overlay.replaces, Some(at))?)?;
+            inputs.push(source_input(&overlay.source));
+            for (path, node) in &overlay.tree {
+                if let Kind::File(bytes) = &node.kind {
+                    let name = format!("overlays/{}/files/{path}", overlay.name);
+                    inputs.push(Input { name, version: None, sha256: sha256(bytes) });
+                }
+            }
+        }
+        segment(&layers.add(GENERATED, &self.init, &[], None)?)?;
+        for (path, node) in &self.init {
+            if let Kind::File(bytes) = &node.kind {
+                inputs.push(Input {
+                    name: format!("generated /{path}"),
+                    version: None,
+                    sha256: sha256(bytes),
+                });
+            }
+        }
+        inputs.push(source_input(&self.template));
+        inputs.extend(self.profile.sources.iter().map(|s| source_input(s)));
+
+        let mut layout = Layout::new(self.ram, kernel.memory_bytes, initrd.len() as u64, RAM_MARGIN)?;
+        let dts = dts::render(&self.template, &layout, &self.profile.bootargs)?;
+        let dtb = dts::compile(&self.template, &dts)?;
+        dts::check(&dtb, &layout, &self.profile.bootargs)?;
+        layout.dtb_bytes = dtb.len() as u64;
+        layout.check_dtb()?;
+
+        let mut files = Files::from([
+            ("Image".to_owned(), parts.image.clone()),
+            ("initrd.cpio".to_owned(), initrd),
+            ("vm.dtb".to_owned(), dtb),
+        ]);
+        let sums: BTreeMap<String, FileSum> =
+            files.iter().map(|(n, b)| (n.clone(), FileSum::of(b))).collect();
+        let manifest = Manifest::new(&self.profile, self.builder, layout, sums, inputs)?;
+        files.insert("manifest.json".to_owned(), manifest.to_json()?);
+        Ok(Assembled { profile: self.profile, manifest, files, out: self.out })
+    }
+}
+
+/// How messages call the layer of /init.
+const GENERATED: &str = "the generated files";
+
+fn source_input(source: &Source) -> Input {
+    Input { name: source.name.clone(), version: None, sha256: sha256(source.text.as_bytes()) }
+}
+
+impl Assembled {
+    /// Puts the image into the cache and into out/.
+    fn store(self, root: &Path, cache: &Cache) -> Result<ImageDir, Error> {
+        let hash = &self.manifest.hash;
+        let (dir, mut changed) = match cache.get("images", hash)? {
+            Some(there) if there == self.files => (cache.path("images", hash), false),
+            _ => (cache.put("images", hash, &self.files)?, true),
+        };
+        // The manifest goes first and comes last: where there is one, the other files belong to it.
+        let out = root.join("out").join(&self.out);
+        let manifest = out.join("manifest.json");
+        if std::fs::read(&manifest).is_ok_and(|old| Some(&old) != self.files.get("manifest.json")) {
+            std::fs::remove_file(&manifest).map_err(|e| Error::io("remove", &manifest, e))?;
+        }
+        let (last, first): (Vec<_>, Vec<_>) =
+            self.files.iter().partition(|(name, _)| *name == "manifest.json");
+        for (name, bytes) in first.into_iter().chain(last) {
+            changed |= cache::write_if_changed(&out.join(name), bytes)?;
+        }
+        Ok(ImageDir { dir, out, manifest: self.manifest, profile: self.profile, changed })
+    }
+}
+
+/// Two lines about an image.
+fn summary(root: &Path, image: &ImageDir, start: Instant) -> String {
+    let manifest = &image.manifest;
+    let bytes = |name: &str| manifest.files.get(name).map_or(0, |f| f.bytes);
+    let layout = &manifest.layout;
+    format!(
+        "{}: {} in {:.2} s, {}\n  Image {} bytes, initrd {} bytes, dtb {} bytes; RAM {}, at least {}; hash {}",
+        manifest.profile,
+        if image.changed { "made" } else { "nothing to do" },
+        start.elapsed().as_secs_f64(),
+        image.out.strip_prefix(root).unwrap_or(&image.out).display(),
+        bytes("Image"),
+        bytes("initrd.cpio"),
+        bytes("vm.dtb"),
+        Ram(layout.ram_bytes),
+        Ram(layout.least_ram_bytes),
+        manifest.hash.get(..16).unwrap_or(&manifest.hash),
+    )
+}
+
+/// Profiles and overlays, with their descriptions.
+fn list(root: &Path) -> Result<(), Error> {
+    println!("Profiles (profiles/NAME.yaml):");
+    for name in Profile::names(root) {
+        println!("  {name:<12} {}", Profile::load(root, &name)?.description);
+    }
+    println!("Overlays (overlays/NAME/):");
+    for name in overlay::names(root) {
+        println!("  {name:<12} {}", Overlay::read(root, &overlay::folder(root, &name), &name)?.description);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
