@@ -1,5 +1,6 @@
-// Every operation of the machine, called once from a kernel: shows that the headers compile for a GPU, and what
-// registers and stack they need there. It is no engine: one lane runs one VM, and decodes each word anew.
+// Every operation of the machine, called once from a kernel: shows that the headers compile for a GPU, and
+// what registers and stack they need there. It is no engine: one lane runs one VM, and decodes each word
+// anew.
 #include "system.cuh"
 
 template <u32 OP> FN void one_alu(u32 *x, const Uop &u, bool immediate) {
@@ -37,7 +38,8 @@ FN bool execute(Machine &m, u32 insn) {
 #undef X
 #define X(name)                                                                                              \
     case OP_##name:                                                                                          \
-        if (load_any(m, x[u.rs1] + u.imm, access_bytes(OP_##name), value)) x[u.rd] = extend<OP_##name>(value); \
+        if (load_any(m, x[u.rs1] + u.imm, access_bytes(OP_##name), value))                                   \
+            x[u.rd] = extend<OP_##name>(value);                                                              \
         return true;
         LOAD_OPS(X)
 #undef X
@@ -84,8 +86,8 @@ FN bool execute(Machine &m, u32 insn) {
     return false;
 }
 
-extern "C" __global__ void machine_headers(Vm *vms, Pool *pool, Mailbox *mailboxes, const SliceRequest *requests,
-                                           SliceResult *results, u32 count) {
+extern "C" __global__ void machine_headers(Vm *vms, Pool *pool, Mailbox *mailboxes,
+                                           const SliceRequest *requests, SliceResult *results, u32 count) {
     u32 number = blockIdx.x * blockDim.x + threadIdx.x;
     if (number >= count) return;
     Machine m;
