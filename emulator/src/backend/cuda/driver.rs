@@ -223,21 +223,23 @@ impl Buffer {
         stream.wait()
     }
 
-    /// Copies plain values from it.
-    pub fn read<T: Copy + Default>(
+    /// Copies plain values from it, `offset` bytes from its start.
+    ///
+    /// # Safety
+    /// What is there must be valid values of the type.
+    pub unsafe fn read<T: Copy>(
         &self,
         stream: &Stream,
         offset: u64,
-        count: usize,
-    ) -> Result<Vec<T>, CallError> {
-        let mut values = vec![T::default(); count];
-        let bytes = size_of_val(values.as_slice());
+        values: &mut [T],
+    ) -> Result<(), CallError> {
+        let bytes = size_of_val(values);
         assert!(offset as usize + bytes <= self.bytes, "a copy beyond the end of device memory");
-        if bytes > 0 {
-            call!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), self.at + offset, bytes, stream.handle))?;
-            stream.wait()?;
+        if bytes == 0 {
+            return Ok(());
         }
-        Ok(values)
+        call!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), self.at + offset, bytes, stream.handle))?;
+        stream.wait()
     }
 
     /// Zeroes a part of it, in the stream's order.
@@ -259,7 +261,6 @@ impl Drop for Buffer {
 }
 
 /// Pinned host memory that the device can reach, given back on drop.
-#[derive(Debug)]
 pub struct Pinned<T> {
     context: Arc<Context>,
     host: NonNull<T>,
@@ -271,6 +272,12 @@ pub struct Pinned<T> {
 unsafe impl<T: Send> Send for Pinned<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Pinned<T> {}
+
+impl<T> std::fmt::Debug for Pinned<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pinned").field("host", &self.host).field("count", &self.count).finish_non_exhaustive()
+    }
+}
 
 impl<T: Copy> Pinned<T> {
     /// Room for `count` values; the contents are undefined.

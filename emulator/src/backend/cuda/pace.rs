@@ -16,13 +16,12 @@ const MOST: u64 = 4_000_000;
 pub struct Pace {
     budget: u64,
     target: Duration,
-    last: Duration,
 }
 
 impl Pace {
     /// Launches are to take about `target`.
     pub fn new(target: Duration) -> Self {
-        Self { budget: FIRST, target, last: Duration::ZERO }
+        Self { budget: FIRST, target }
     }
 
     /// Instructions for the next launch.
@@ -30,15 +29,10 @@ impl Pace {
         self.budget
     }
 
-    /// How long the last launch took.
-    pub fn last(&self) -> Duration {
-        self.last
-    }
-
     /// Learns from a launch that took `took`. Only slices that used up their budget tell how fast the device is.
     pub fn learn(&mut self, took: Duration, results: &[SliceResult]) {
-        self.last = took;
-        let full = results.iter().filter(|result| result.exit == EXIT_BUDGET).map(|result| result.steps).max();
+        let full =
+            results.iter().filter(|result| result.exit == EXIT_BUDGET).map(|result| result.steps).max();
         let nanos = took.as_nanos().max(1);
         let goal = match full {
             Some(steps) => u128::from(steps) * self.target.as_nanos() / nanos,

@@ -47,11 +47,6 @@ pub struct DoesNotFit {
 }
 
 impl Demand {
-    /// Whether all pages of all VMs can be written.
-    pub fn is_covered_by(&self, plan: &Plan) -> bool {
-        u64::from(plan.private_frames) >= u64::from(self.vms) * u64::from(self.pages)
-    }
-
     /// Shares out `free` bytes; `most_frames` limits the private frames further.
     pub fn plan(&self, free: u64, most_frames: Option<u32>) -> Result<Plan, DoesNotFit> {
         if let Some(plan) = self.try_plan(free, most_frames) {
@@ -80,10 +75,8 @@ impl Demand {
         let code = vms * code_pages * CODE_COST;
         let rest = rest.checked_sub(code)?;
         let numbers = u64::from(FRAME_MASK) - u64::from(self.shared_frames);
-        let frames = (rest / FRAME_COST)
-            .min(vms * pages)
-            .min(numbers)
-            .min(most_frames.map_or(u64::MAX, u64::from));
+        let frames =
+            (rest / FRAME_COST).min(vms * pages).min(numbers).min(most_frames.map_or(u64::MAX, u64::from));
         let least = vms * pages.min(WRITTEN_LEAST / u64::from(FRAME_BYTES));
         if most_frames.is_none() && frames < least {
             return None;
@@ -130,7 +123,6 @@ mod tests {
         let plan = demand(64).plan(78 * GIB, None).unwrap();
         assert_eq!(plan.private_frames, 64 * 4096);
         assert_eq!(plan.code_pages_per_vm, CODE_PAGES_PER_VM);
-        assert!(demand(64).is_covered_by(&plan));
         assert!(plan.bytes < 2 * GIB);
     }
 
@@ -138,7 +130,7 @@ mod tests {
     fn a_large_fleet_shares_what_there_is() {
         for vms in [8192, 24_576] {
             let plan = demand(vms).plan(78 * GIB, None).unwrap();
-            assert!(!demand(vms).is_covered_by(&plan) || vms <= 4096);
+            assert!(plan.private_frames < vms * 4096);
             assert!(plan.bytes <= 78 * GIB - RESERVE_BYTES);
             assert!(plan.bytes > 76 * GIB);
             let code = u64::from(vms) * u64::from(plan.code_pages_per_vm) * CODE_COST;
@@ -158,9 +150,9 @@ mod tests {
 
     #[test]
     fn vms_are_split_by_memory_without_gap_or_overlap() {
-        assert_eq!(split(10, &[5]), [0..10]);
+        assert_eq!(split(10, &[5]), vec![0..10u32; 1]);
         assert_eq!(split(10, &[5, 5]), [0..5, 5..10]);
-        assert_eq!(split(1, &[5, 5, 5]), [0..1]);
+        assert_eq!(split(1, &[5, 5, 5]), vec![0..1u32; 1]);
         assert_eq!(split(9, &[80 * GIB, 40 * GIB]), [0..6, 6..9]);
         for vms in [1, 2, 7, 1000, 32_768] {
             let parts = split(vms, &[3, 1, 4, 1, 5]);
