@@ -10,6 +10,7 @@ use emulator::backend::cpu::{Config, CpuMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
+use std::sync::Arc;
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
@@ -52,7 +53,7 @@ impl Bench {
     pub fn with(vms: u32, private: Option<u32>, ram: u32, pieces: Vec<(u32, Vec<u8>)>, entry: u32) -> Self {
         let pieces =
             pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
-        let boot = BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces };
+        let boot = Arc::new(BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces });
         let config = Config {
             boot,
             vms,
