@@ -25,7 +25,7 @@ macro_rules! layouts {
 }
 
 /// The structures that kernels/ sees.
-const STRUCTURES: [&str; 13] = [
+const STRUCTURES: [&str; 14] = [
     "Hart",
     "Plic",
     "Uart",
@@ -37,6 +37,7 @@ const STRUCTURES: [&str; 13] = [
     "Slot",
     "Mailbox",
     "Pool",
+    "GpuSlice",
     "SliceRequest",
     "SliceResult",
 ];
@@ -54,7 +55,8 @@ fn layout_assertions() -> String {
         Vm { hart, ram, engine_ptr, number, exit, plic, uart, net, rtc }
         Slot { len, data }
         Mailbox { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail, out, input, rx, tx }
-        Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr }
+        Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr, code_pages_per_vm, reserved }
+        GpuSlice { vm, reserved, request }
         SliceRequest { budget, now_ticks, time_mode, reserved }
         SliceResult { exit, private_frames, steps, wake_ticks, time_ticks, instret, newline_instret, rx_frames, tx_frames, net_dropped, pc, last_trap, code_pages, reserved }
     }

@@ -64,13 +64,15 @@ struct Handler {
 // Micro-ops that only this engine has: jumps backwards, and runs of words stored or loaded at one base.
 #define CPU_ONLY_OPS(X)                                                                                      \
     X(BEQ_BACK)                                                                                              \
-    X(BNE_BACK) X(BLT_BACK) X(BGE_BACK) X(BLTU_BACK) X(BGEU_BACK) X(JAL_BACK) X(SW_RUN2) X(SW_RUN3)          \
-        X(SW_RUN4) X(LW_RUN2) X(LW_RUN3) X(LW_RUN4)
+    X(BNE_BACK)                                                                                              \
+    X(BLT_BACK) X(BGE_BACK) X(BLTU_BACK) X(BGEU_BACK) X(JAL_BACK) X(SW_RUN2) X(SW_RUN3) X(SW_RUN4)           \
+        X(LW_RUN2) X(LW_RUN3) X(LW_RUN4)
 
 // Pairs of neighbours that run with one dispatch: the most frequent ones of a Linux boot.
 #define PAIRS(X)                                                                                             \
     X(ADDI, ADDI)                                                                                            \
-    X(ADDI, SW) X(ADDI, JAL_BACK) X(ADDI, JALR) X(ADDI, BLTU_BACK) X(ADDI, JAL_FAR) X(ADDI, LW) X(ADDI, LI)  \
+    X(ADDI, SW)                                                                                              \
+    X(ADDI, JAL_BACK) X(ADDI, JALR) X(ADDI, BLTU_BACK) X(ADDI, JAL_FAR) X(ADDI, LW) X(ADDI, LI)              \
         X(ADDI, SLLI) X(ADDI, ADD) X(ADDI, BEQ) X(ADDI, BNE) X(ADDI, BNE_BACK) X(ADDI, ANDI) X(ADDI, JAL)    \
             X(LW, ADDI) X(LW, LI) X(LW, ANDI) X(LW, ADD) X(LW, SW) X(LW, BNE) X(LW, BEQ) X(LW, SLLI)         \
                 X(LW, LW) X(LW, JALR) X(SW, ADDI) X(SW, LW) X(SW, JAL_BACK) X(SW, LI) X(SW, SW)              \
@@ -640,7 +642,8 @@ extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail,
     slice_end(m, before, *result);
 }
 
-// Writes guest-physical memory of a VM that no engine runs, as a device would. False: outside RAM, or no frame left.
+// Writes guest-physical memory of a VM that no engine runs, as a device would. False: outside RAM, or no
+// frame left.
 extern "C" bool machine_cpu_write(Vm *vm, Pool *pool, u32 pa, const u8 *from, u32 bytes) {
     Machine m = {};
     m.vm = vm, m.pool = pool;

@@ -25,9 +25,9 @@ SLOW u32 frame_take(Machine &m) {
 // Forgets the decoded instructions of a private frame.
 SLOW void code_drop(Machine &m, u32 frame) {
     u32 page = code_of(m)[frame] - 1;
-    u32 slot = page - m.vm->number * CODE_PAGES_PER_VM;
+    u32 slot = page - m.vm->number * m.pool->code_pages_per_vm;
     code_of(m)[frame] = 0;
-    if (slot < CODE_PAGES_PER_VM) m.vm->ram.code_used[slot / 32] &= ~(1u << (slot % 32));
+    if (slot < m.pool->code_pages_per_vm) m.vm->ram.code_used[slot / 32] &= ~(1u << (slot % 32));
     forget_frame(m, frame, page + 1);
 }
 
@@ -125,15 +125,15 @@ SLOW u32 code_page_for(Machine &m, u32 frame) {
     if (page) return page - 1;
     Ram &ram = m.vm->ram;
     u32 slot = ram.code_hand;
-    for (u32 i = 0; i < CODE_PAGES_PER_VM; i++) {
-        u32 s = (ram.code_hand + i) % CODE_PAGES_PER_VM;
+    for (u32 i = 0; i < m.pool->code_pages_per_vm; i++) {
+        u32 s = (ram.code_hand + i) % m.pool->code_pages_per_vm;
         if (!(ram.code_used[s / 32] >> (s % 32) & 1)) {
             slot = s;
             break;
         }
     }
-    ram.code_hand = (slot + 1) % CODE_PAGES_PER_VM;
-    page = m.vm->number * CODE_PAGES_PER_VM + slot;
+    ram.code_hand = (slot + 1) % m.pool->code_pages_per_vm;
+    page = m.vm->number * m.pool->code_pages_per_vm + slot;
     if (ram.code_used[slot / 32] >> (slot % 32) & 1) code_drop(m, code_frame(m)[page]);
     ram.code_used[slot / 32] |= 1u << (slot % 32);
     code_frame(m)[page] = frame;

@@ -391,8 +391,24 @@ pub struct Pool {
     pub code_of_ptr: u64,
     /// Frame of each code page (`u32` each).
     pub code_frame_ptr: u64,
-    /// The code pages, `CODE_PAGE_BYTES` each: first `CODE_PAGES_PER_VM` for each VM, then one for each shared frame.
+    /// The code pages, `CODE_PAGE_BYTES` each: first `code_pages_per_vm` for each VM, then one for each shared frame.
     pub code_ptr: u64,
+    /// Code pages that each VM may have for frames of its own; at most `CODE_PAGES_PER_VM`.
+    pub code_pages_per_vm: u32,
+    /// Padding.
+    pub reserved: u32,
+}
+
+/// One entry of the list of VMs that a GPU launch runs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GpuSlice {
+    /// VM number.
+    pub vm: u32,
+    /// Padding.
+    pub reserved: u32,
+    /// What to run.
+    pub request: SliceRequest,
 }
 
 /// What the host asks of one slice.

@@ -13,7 +13,12 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let cli = cli::Cli::parse();
     report_style();
-    tracing_subscriber::fmt().with_writer(cli::live::Messages).without_time().with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_writer(cli::live::Messages)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .init();
     let result = match &cli.command {
         cli::Command::Fleet(args) => cli::fleet::run(args, started),
         cli::Command::Console(args) => cli::console::console(args),

@@ -269,12 +269,65 @@ fn a_bridge_starts_once_and_only_for_its_fleet() {
     let mut bridge = bind_anywhere(3, Limits::default());
     assert!(matches!(bridge.start(links), Err(Error::Vms { ports: 3, vms: 2 })));
     let links = FakeLinks::new(3);
+    assert!(!bridge.is_serving());
     bridge.start(links.clone()).unwrap();
+    assert!(bridge.is_serving());
     assert!(matches!(bridge.start(links.clone()), Err(Error::Started)));
     bridge.stop().unwrap();
+    assert!(!bridge.is_serving());
     bridge.stop().unwrap();
     assert!(matches!(bridge.start(links.clone()), Err(Error::Started)));
     drop(bridge);
     // Nobody but the test holds the links any more: the thread is gone.
     assert_eq!(Arc::strong_count(&links), 1);
+}
+
+/// Runs one of this file's ignored tests in a process of its own that may open so many files.
+#[cfg(unix)]
+fn with_files(limit: u32, test: &str) {
+    let status = std::process::Command::new("sh")
+        .args(["-c", &format!("ulimit -n {limit} && exec \"$0\" --exact --ignored {test}")])
+        .arg(std::env::current_exe().unwrap())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{test}: {status}");
+}
+
+#[cfg(unix)]
+#[test]
+fn files_are_limited() {
+    with_files(300, "child_too_few_files");
+    with_files(760, "child_out_of_files");
+}
+
+#[cfg(unix)]
+#[test]
+#[ignore = "run by files_are_limited"]
+fn child_too_few_files() {
+    let error = UserBridge::bind(Config::new(20_000, 500)).err().unwrap();
+    assert!(matches!(error, Error::Ports(PortsError::Files { vms: 500, limit: 300, .. })), "{error}");
+}
+
+/// The clients are in the same process here, so that its files run out before the bridge's own limit holds.
+#[cfg(unix)]
+#[test]
+#[ignore = "run by files_are_limited"]
+fn child_out_of_files() {
+    let fleet = Fleet::new(vec![Behaviour::Http(b"fine".to_vec()); 500]);
+    let mut clients = Vec::new();
+    while let Ok(client) = std::net::TcpStream::connect(("127.0.0.1", fleet.base)) {
+        clients.push(client);
+    }
+    assert!(clients.len() > 100, "{}", clients.len());
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(fleet.bridge.is_serving());
+    drop(clients);
+    fleet.settle(Duration::from_secs(10));
+    for vm in [0, 499] {
+        let mut client = fleet.connect(vm);
+        client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).unwrap();
+        assert!(answer.ends_with(b"fine"));
+    }
 }

@@ -398,10 +398,11 @@ fn hostile() -> impl Strategy<Value = Vec<u8>> {
             frame.resize(len, 0);
         }
         // Most edits spoil the header's checksum; half of them shall get further.
-        if frame.len() > 34 && frame[14] & 1 == 1 {
-            if let Ok((header, _)) = Ipv4Header::from_slice(&frame[14..]) {
-                frame[24..26].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
-            }
+        if frame.len() > 34
+            && frame[14] & 1 == 1
+            && let Ok((header, _)) = Ipv4Header::from_slice(&frame[14..])
+        {
+            frame[24..26].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
         }
         frame
     })

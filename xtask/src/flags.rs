@@ -1,6 +1,8 @@
 //! The whole command line, in one place. A subcommand is a variant of `Command` with its arguments below, and an arm
 //! of the match in main.rs.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::image::profile::{BuilderName, Ram};
@@ -19,6 +21,14 @@ pub struct Cli {
 pub enum Command {
     /// Build a guest image: kernel, initrd, device tree and manifest.
     Image(ImageArgs),
+    /// Boot a fleet and serve it until Ctrl-C, building first what is missing.
+    Run(RunArgs),
+    /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
+    Console(ConsoleArgs),
+    /// Print what a running fleet does, as JSON.
+    Status(StatusArgs),
+    /// Check what this machine has, and say what each thing is for.
+    Doctor,
 }
 
 /// Arguments that say which image; shared by all commands that need one.
@@ -72,5 +82,108 @@ impl From<Builder> for BuilderName {
             Builder::Direct => Self::Direct,
             Builder::Buildroot => Self::Buildroot,
         }
+    }
+}
+
+/// `cargo xtask run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask run --vms 16                    16 VMs, their web pages on ports 4000 to 4015
+  cargo xtask run --vms 64 --until http       end when every VM has answered GET / with 200
+  cargo xtask run --profile debug --vms 2     with tcpdump, ethtool and iptables in the guest
+  cargo xtask console 3                       in another terminal: a shell in VM 3")]
+pub struct RunArgs {
+    /// Which image.
+    #[command(flatten)]
+    pub choice: ImageChoice,
+
+    /// Number of VMs; they are numbered from 0 [default: the profile's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: Option<u32>,
+
+    /// Where the VMs run; auto takes a GPU if there is one that this build can use.
+    #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
+    pub backend: String,
+
+    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), or not at all (off) [default: the profile's].
+    #[arg(long, value_parser = ["user", "off"])]
+    pub net: Option<String>,
+
+    /// VM N's web server is reached at http://127.0.0.1:(BASE + N)/.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// Guest time after the boot: with the wall clock (real), or with executed instructions, jumping over idle times
+    /// (virtual) [default: the profile's].
+    #[arg(long, value_parser = ["real", "virtual"])]
+    pub time: Option<String>,
+
+    /// CPU threads that run VMs [default: one per core].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+
+    /// End with status 0 when all VMs are ready (ready), when all have answered GET / with 200 (http), or after so
+    /// many seconds [default: serve until Ctrl-C].
+    #[arg(long, value_name = "ready|http|SECONDS", value_parser = until)]
+    pub until: Option<String>,
+
+    /// Give up on --until ready or http after so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub timeout: u32,
+
+    /// Write a JSON report at the end; docs/report.md explains its keys.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+
+    /// Make boots repeatable: the guests' randomness comes from this number, and their clocks start at a fixed date.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+
+    /// Folder for control socket and console logs [default: $XDG_RUNTIME_DIR/linux-on-gpu, or one in the temporary
+    /// folder].
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Which running fleet is meant.
+#[derive(Debug, Args)]
+pub struct FleetChoice {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// The fleet's --state-dir, if it was given one.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `cargo xtask console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// Number of the VM.
+    #[arg(value_name = "N")]
+    pub vm: u32,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// `cargo xtask status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// The emulator reads the value; a mistake should not wait for it.
+fn until(text: &str) -> Result<String, String> {
+    let seconds = text.parse::<f64>().is_ok_and(|seconds| (0.0..=1e9).contains(&seconds));
+    match text {
+        "ready" | "http" => Ok(text.to_owned()),
+        _ if seconds => Ok(text.to_owned()),
+        _ => Err("expected ready, http, or a number of seconds".to_owned()),
     }
 }

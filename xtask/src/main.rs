@@ -1,8 +1,11 @@
 //! The command line of Linux on GPU: parse, dispatch, report. One file per subcommand.
 
+mod doctor;
+mod emulator;
 mod flags;
 mod image;
 mod repo;
+mod run;
 
 use std::process::ExitCode;
 
@@ -15,6 +18,10 @@ fn main() -> ExitCode {
     report_style();
     let result = match cli.command {
         Command::Image(args) => image::command(&args),
+        Command::Run(args) => run::command(&args),
+        Command::Console(args) => run::console(&args),
+        Command::Status(args) => run::status(&args),
+        Command::Doctor => doctor::command(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

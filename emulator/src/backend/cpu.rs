@@ -155,6 +155,8 @@ impl CpuMachines {
                 code_of_ptr: inner.code_of.as_ptr() as u64,
                 code_frame_ptr: code_frame.as_ptr() as u64,
                 code_ptr: code.as_ptr() as u64,
+                code_pages_per_vm: CODE_PAGES_PER_VM,
+                reserved: 0,
             });
         }
         for vm in 0..vms {

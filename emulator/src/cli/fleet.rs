@@ -83,10 +83,10 @@ fn check_report_path(path: &Path) -> Result<()> {
         .wrap_err_with(|| format!("--report {}: no file can be written there", path.display()))
 }
 
-/// An error with its causes on one line.
+/// An error with its causes on one line; consoles, which follow on further lines, have their own place in the report.
 fn chain(error: &miette::Report) -> String {
     let causes: Vec<String> = error.chain().map(|cause| cause.to_string()).collect();
-    causes.join(": ")
+    causes.join(": ").lines().next().unwrap_or_default().to_owned()
 }
 
 /// How a run ended.
@@ -284,8 +284,11 @@ fn laggards(args: &FleetArgs, progress: &Progress) -> Vec<Failure> {
 fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::Report {
     let failures = laggards(args, progress);
     let mut text = what;
-    for failure in failures.iter().take(SHOWN) {
+    if let Some(first) = failures.first() {
         // Writing to a string can't fail.
+        let _ = write!(text, ", first VM {}: {}", first.vm, first.reason);
+    }
+    for failure in failures.iter().take(SHOWN) {
         let _ = write!(text, "\nVM {} ({}): {}", failure.vm, failure.state, failure.reason);
         for line in &failure.console {
             let _ = write!(text, "\n  | {line}");

@@ -43,20 +43,25 @@ impl<'a> tracing_subscriber::fmt::MakeWriter<'a> for Messages {
 pub struct Live {
     quiet: bool,
     terminal: bool,
-    last: Option<(Instant, Totals)>,
+    last: (Instant, Totals),
     text: String,
 }
 
 impl Live {
     /// A line that is not drawn yet; never, if `quiet`.
     pub fn new(quiet: bool) -> Self {
-        Self { quiet, terminal: io::stderr().is_terminal(), last: None, text: String::new() }
+        Self {
+            quiet,
+            terminal: io::stderr().is_terminal(),
+            last: (Instant::now(), Totals::default()),
+            text: String::new(),
+        }
     }
 
     /// Whether it is time for [`Live::show`].
     pub fn due(&self) -> bool {
         let period = if self.terminal { REDRAW } else { PERIOD };
-        !self.quiet && self.last.as_ref().is_none_or(|(at, _)| at.elapsed() >= period)
+        !self.quiet && self.last.0.elapsed() >= period
     }
 
     /// Shows the fleet as it is now. `http`: how many VMs have answered, if that is asked for.
@@ -65,12 +70,10 @@ impl Live {
             return;
         }
         let now = Instant::now();
-        let mips = self.last.as_ref().map_or(0.0, |(at, before)| {
-            let span = now.duration_since(*at).as_secs_f64();
-            (totals.steps - before.steps) as f64 / span.max(1e-9) / 1e6
-        });
+        let span = now.duration_since(self.last.0).as_secs_f64();
+        let mips = (totals.steps - self.last.1.steps) as f64 / span.max(1e-3) / 1e6;
         let text = line(&totals, http, mips);
-        self.last = Some((now, totals));
+        self.last = (now, totals);
         // A line that has not changed is no news in a log.
         if !self.terminal && text == self.text {
             return;

@@ -67,7 +67,7 @@ fn open_cpu(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Resul
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     let config = Config {
-        boot: BootMemory {
+        boot: Arc::new(BootMemory {
             ram_bytes: ram,
             entry: 0,
             dtb_address: image.dtb_addr,
@@ -76,7 +76,7 @@ fn open_cpu(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Resul
                 Piece { name: "the initrd", address: image.initrd_addr, bytes: image.initrd },
                 Piece { name: "the device tree", address: image.dtb_addr, bytes: image.dtb },
             ],
-        },
+        }),
         vms: args.vms,
         threads: threads(args),
         private_frames,

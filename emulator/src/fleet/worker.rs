@@ -127,7 +127,10 @@ impl Shared {
                         }
                     }
                     Mark::Ready(_) => {}
-                    Mark::Panic(line) => next = Some(Next::Down(Life::Failed(line))),
+                    // The first line says why; more follow.
+                    Mark::Panic(line) => {
+                        next.get_or_insert(Next::Down(Life::Failed(line)));
+                    }
                 }
             }
             let record = &*record;

@@ -17,6 +17,8 @@ const REQUEST: &[u8] = b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: linux-
 const ANSWER_MAX: usize = 256 * 1024;
 /// How often VMs that are not ready are looked at, and `stop`.
 const LOOK: Duration = Duration::from_millis(10);
+/// Of the VMs that have not answered, so many are looked at in one round; the others in the next.
+const LOOK_AT: usize = 1024;
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -135,7 +137,7 @@ impl Probe {
             if over || (pending.is_empty() && under_way == 0) {
                 break;
             }
-            let mut look = pending.len();
+            let mut look = pending.len().min(LOOK_AT);
             for (slot, place) in asked.iter_mut().enumerate() {
                 if place.is_some() {
                     continue;

@@ -51,7 +51,8 @@ pub struct Limits {
     pub silence: Duration,
     /// Connections open at once; more wait in the listeners' backlogs. The limit of open files may lower it.
     pub connections: usize,
-    /// Connections open at once to one VM; more wait their turn.
+    /// Connections open at once to one VM; more wait their turn. A web server closes what is beyond its own limit
+    /// without an answer, so this has to be lower than that (the guest's nginx: 128).
     pub connections_per_vm: u32,
     /// Handshakes at once with one VM; more wait their turn.
     pub handshakes_per_vm: u32,
@@ -67,7 +68,7 @@ impl Default for Limits {
             half_closed: Duration::from_secs(60),
             silence: Duration::from_secs(90),
             connections: 16_384,
-            connections_per_vm: 512,
+            connections_per_vm: 96,
             handshakes_per_vm: 16,
             window: 16 * 1024,
         }
@@ -181,6 +182,12 @@ impl UserBridge {
         running.links.set_waker(Arc::new(|| ()));
         woken.map_err(io_error("wake its thread"))?;
         running.thread.join().map_err(|_| Error::Failed)?
+    }
+
+    /// Whether it serves. Once started it does until it is stopped, unless the system fails it: [`UserBridge::stop`] then
+    /// tells why.
+    pub fn is_serving(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.thread.is_finished())
     }
 
     /// What passed so far. Can be read while the bridge runs and after it stopped.

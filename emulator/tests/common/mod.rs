@@ -55,7 +55,7 @@ impl Bench {
             pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
         let boot = Arc::new(BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces });
         let config = Config {
-            boot,
+            boot: boot.into(),
             vms,
             threads: 1,
             private_frames: private,

@@ -189,6 +189,10 @@ impl Guest {
                     served.request.extend_from_slice(&data[..bytes]);
                     moved = true;
                 }
+                if served.request.is_empty() && socket.state() == State::CloseWait {
+                    socket.close();
+                    served.finished = true;
+                }
                 if served.request.ends_with(b"\r\n\r\n") && !served.finished {
                     let header = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", page.len());
                     let answer = [header.as_bytes(), page].concat();

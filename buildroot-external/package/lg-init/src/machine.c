@@ -97,6 +97,7 @@ int do_clock(int count, char **word) {
 
 /* 16 bits from the seed register (Zkr, CSR 0x015); -1 where it has died or stays silent. */
 static int seed16(void) {
+#ifdef __riscv
     for (int tries = 0; tries < 1000; tries++) {
         uint32_t seed;
         __asm__ volatile("csrrw %0, 0x015, x0" : "=r"(seed));
@@ -104,6 +105,7 @@ static int seed16(void) {
         if (state == 2) return (int)(seed & 0xffff);
         if (state == 3) return -1;
     }
+#endif
     return -1;
 }
 

@@ -161,7 +161,10 @@ static int do_write(int count, char **word) {
 
     char *q = put_text(fresh, fresh + sizeof fresh, word[1]);
     put_text(q, fresh + sizeof fresh, "~");
-    int renamed = 1, fd = open(fresh, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    /* A device is written to, not replaced; nor can anything be renamed in /proc. */
+    struct stat is;
+    int renamed = stat(word[1], &is) || S_ISREG(is.st_mode), fd = -1;
+    if (renamed) fd = open(fresh, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd < 0) {
         renamed = 0;
         fd = open(word[1], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);

@@ -28,6 +28,9 @@ pub const WAKER: Token = Token(usize::MAX);
 const TURN: usize = 64;
 /// How often the VMs of open connections are looked after: nobody tells when a VM goes down.
 const DOWN_CHECK: Duration = Duration::from_millis(250);
+/// Timers look no further ahead. They are not taken back when something earlier comes up, so a connection that is used
+/// again and again leaves one behind each time: for so long.
+const HORIZON: Duration = Duration::from_secs(30);
 /// After the system had no file or memory for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -436,6 +439,7 @@ impl EventLoop {
         if let Some(due) = connection.next_due(&self.config.limits)
             && connection.scheduled.is_none_or(|at| due < at)
         {
+            let due = due.min(self.now + HORIZON);
             connection.scheduled = Some(due);
             self.timers.push(Reverse((due, index, id)));
         }

@@ -178,7 +178,7 @@ impl Archive {
                 match self.fetch(step, want, &candidate) {
                     Ok(files) => return Ok((files, candidate)),
                     Err(e) => {
-                        notes.push(format!("  {} {} cannot be had", candidate.package, candidate.version));
+                        notes.push(format!("  {} {} cannot be fetched", candidate.package, candidate.version));
                         first = first.or(Some(e));
                     }
                 }

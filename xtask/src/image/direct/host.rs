@@ -73,7 +73,7 @@ pub fn has_pip() -> bool {
 }
 
 /// Packages that are missing; `more` are programs with their packages.
-fn missing<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> BTreeSet<String> {
+pub fn missing<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> BTreeSet<String> {
     let all = NEEDS.iter().copied().chain(more);
     all.filter(|(need, _)| !is_there(need)).map(|(_, package)| package.to_owned()).collect()
 }

@@ -147,13 +147,12 @@ impl Maker<'_> {
                 };
                 let make = self.kernel_make(tree).after("headers");
                 step.run("make the kernel's headers", make)?;
-                let child = duct::cmd!("sh", tools.join("build.sh"))
-                    .dir(&work)
-                    .full_env(self.environment(None, scratch.path()))
-                    .env("OUT", out)
-                    .env("TOOLS", &tools)
-                    .env("MUSL", &source)
-                    .env("HEADERS", tree.join("usr/include"));
+                let headers = tree.join("usr/include");
+                let own: [(&str, &Path); 4] =
+                    [("OUT", out), ("TOOLS", &tools), ("MUSL", &source), ("HEADERS", &headers)];
+                let mut environment = self.environment(None, scratch.path());
+                environment.extend(own.map(|(name, path)| (name.into(), path.into())));
+                let child = duct::cmd!("sh", tools.join("build.sh")).dir(&work).full_env(environment);
                 step.run("build musl", child)
             })
         })
@@ -182,7 +181,16 @@ impl Maker<'_> {
     }
 
     fn kernel_make(&self, tree: &Path) -> KernelMake {
-        let environment = self.environment(None, tree);
+        let mut environment = self.environment(None, tree);
+        let fixed = [
+            ("KBUILD_BUILD_TIMESTAMP", format!("@{DATE}").as_str()),
+            ("KBUILD_BUILD_USER", "lg"),
+            ("KBUILD_BUILD_HOST", "lg"),
+            ("KBUILD_BUILD_VERSION", "1"),
+        ]
+        .map(|(name, value)| (OsString::from(name), OsString::from(value)));
+        environment.extend(fixed);
+        environment.push(("KCONFIG_ALLCONFIG".into(), tree.join(KernelMake::FRAGMENT).into()));
         KernelMake { tree: tree.to_owned(), jobs: self.jobs, environment }
     }
 
@@ -192,10 +200,10 @@ impl Maker<'_> {
         progress.step(&title, self.expect(200), &self.log("kernel"), |step| {
             self.store.make("kernel", &self.plan.kernel, |out| {
                 let make = self.kernel_make(tree);
-                let all = tree.join(".all.config");
+                let all = tree.join(KernelMake::FRAGMENT);
                 let settings = kconfig::text(&self.plan.kernel_settings);
                 fs::write(&all, settings).map_err(|e| Error::io("write", &all, e))?;
-                step.run("configure", make.after("allnoconfig").env("KCONFIG_ALLCONFIG", &all))?;
+                step.run("configure", make.after("allnoconfig"))?;
                 let config = tree.join(".config");
                 let text = fs::read_to_string(&config).map_err(|e| Error::io("read", &config, e))?;
                 let what = format!("the configuration of linux {}", self.plan.linux.version);
@@ -235,20 +243,16 @@ impl Maker<'_> {
                     Some(files) => step.run("unpack the source", unpack_source(files, &work)?)?,
                     None => fs::create_dir(&work).map_err(|e| Error::io("make the folder", &work, e))?,
                 }
-                let child = |script: &str| {
-                    let mut child = duct::cmd!("sh", "-e", "-u", "-c", script)
-                        .dir(&work)
-                        .full_env(self.environment(Some(toolchain), scratch.path()))
-                        .env("ENVIRONMENT", &environment)
-                        .env("PKG", &folder)
-                        .env("OUT", out);
-                    for (other, files) in self.plan.packages.iter().zip(others) {
-                        if package.info.needs.contains(&other.name) {
-                            child = child.env(format!("DEP_{}", other.name.replace('-', "_")), files);
-                        }
+                let mut all = self.environment(Some(toolchain), scratch.path());
+                let own: [(&str, &Path); 3] = [("ENVIRONMENT", &environment), ("PKG", &folder), ("OUT", out)];
+                all.extend(own.map(|(name, path)| (name.into(), path.into())));
+                for (other, files) in self.plan.packages.iter().zip(others) {
+                    if package.info.needs.contains(&other.name) {
+                        all.push((format!("DEP_{}", other.name.replace('-', "_")).into(), files.into()));
                     }
-                    child
-                };
+                }
+                let child =
+                    |script: &str| duct::cmd!("sh", "-e", "-u", "-c", script).dir(&work).full_env(all.iter().cloned());
                 if package.info.kconfig {
                     self.configure(step, package, &work, &child)?;
                 }
@@ -285,16 +289,13 @@ struct KernelMake {
 }
 
 impl KernelMake {
+    /// What allnoconfig reads.
+    const FRAGMENT: &str = ".all.config";
+
     fn after(&self, target: &str) -> Expression {
         let jobs = format!("-j{}", self.jobs);
         let words = ["-s", &jobs, "ARCH=riscv", "CROSS_COMPILE=riscv64-linux-gnu-", KCFLAGS, target];
-        duct::cmd("make", words)
-            .dir(&self.tree)
-            .full_env(self.environment.iter().cloned())
-            .env("KBUILD_BUILD_TIMESTAMP", format!("@{DATE}"))
-            .env("KBUILD_BUILD_USER", "lg")
-            .env("KBUILD_BUILD_HOST", "lg")
-            .env("KBUILD_BUILD_VERSION", "1")
+        duct::cmd("make", words).dir(&self.tree).full_env(self.environment.iter().cloned())
     }
 }
 

@@ -5,8 +5,10 @@
 //! built is told by a script in buildroot-external/package; this module only decides what is to be built, and when.
 
 mod apt;
-mod host;
+pub mod host;
 mod kconfig;
+#[cfg(test)]
+mod lg_init;
 mod make;
 mod package;
 mod plan;

@@ -1,0 +1,43 @@
+// Entry points of the GPU back end. Compiled at run time for the device at hand.
+#include "engine_w.cuh"
+
+// Gives VMs first_vm, first_vm + 1, ... (one block each) the frame table that every VM starts with.
+extern "C" __global__ void machine_setup(Vm *vms, u32 *tables, const u32 *initial_table, Pool *pool,
+                                         u32 first_vm, u32 count) {
+    u32 i = blockIdx.x;
+    if (i >= count) return;
+    Vm &vm = vms[first_vm + i];
+    u32 *table = (u32 *)(uintptr_t)vm.ram.table_ptr;
+    for (u32 page = threadIdx.x; page < vm.ram.pages; page += blockDim.x) table[page] = initial_table[page];
+}
+
+// Runs one slice for each entry of the list, a warp each.
+extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, const GpuSlice *list, u32 count,
+                                         SliceResult *results) {
+    u32 warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp >= count) return;
+    u32 number = list[warp].vm;
+    WarpPlace place;
+    place.vm = &vms[number], place.pool = pool, place.mail = &mail[number];
+    warp_slice(place, &list[warp].request, &results[warp]);
+}
+
+// Gives the VM's own frames back and restores its frame table. The VM is in no launch; the host then writes
+// its state.
+extern "C" __global__ void machine_reset(Vm *vms, Pool *pool, const u32 *initial_table, u32 number) {
+    Vm &vm = vms[number];
+    u32 *table = (u32 *)(uintptr_t)vm.ram.table_ptr;
+    u32 *ring = (u32 *)(uintptr_t)pool->ring_ptr;
+    u32 *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
+    for (u32 page = threadIdx.x; page < vm.ram.pages; page += blockDim.x) {
+        u32 entry = table[page];
+        table[page] = initial_table[page];
+        if (!(entry & FRAME_PRIVATE)) continue;
+        u32 frame = entry & FRAME_MASK;
+        codes[frame] = 0;
+        // The slot is written before the tail that publishes it could be seen by a taker: no launch runs
+        // beside this one that takes frames of this device's pool.
+        u64 tail = atomicAdd((unsigned long long *)&pool->tail, 1ull);
+        ring[tail % pool->capacity] = frame;
+    }
+}

@@ -1,0 +1,181 @@
+//! `cargo xtask doctor`: what this machine has, and what each thing is for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::image::direct::host;
+use crate::repo;
+
+/// Free disk space that building everything takes.
+const DISK: u64 = 6 << 30;
+/// Memory that building the kernel and a small fleet take.
+const MEMORY: u64 = 2 << 30;
+
+/// What became of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// As it should be.
+    Good,
+    /// Something works less well, or not yet.
+    Note,
+    /// Something that `cargo xtask run` needs is missing.
+    Missing,
+}
+
+struct Check {
+    verdict: Verdict,
+    what: &'static str,
+    found: String,
+    purpose: &'static str,
+}
+
+/// Prints all checks; fails if something is missing that `cargo xtask run` needs.
+pub fn command() -> miette::Result<()> {
+    let root = repo::root()?;
+    let checks = [system(), cores(), memory(), disk(&root), compiler(), packages(), tun(), driver(), nvrtc()];
+    for check in &checks {
+        let mark = match check.verdict {
+            Verdict::Good => "ok     ",
+            Verdict::Note => "note   ",
+            Verdict::Missing => "MISSING",
+        };
+        println!("{mark} {:<14} {}\n{:>22} {}", check.what, check.found, "for", check.purpose);
+    }
+    let missing = checks.iter().filter(|check| check.verdict == Verdict::Missing).count();
+    match missing {
+        0 => Ok(()),
+        _ => Err(miette::miette!("{missing} of {} checks found something missing", checks.len())),
+    }
+}
+
+fn system() -> Check {
+    let found = host::codename();
+    Check {
+        verdict: if found.is_ok() { Verdict::Good } else { Verdict::Note },
+        what: "system",
+        found: found
+            .map_or_else(|error| error.to_string(), |name| format!("Debian's packages, release {name}")),
+        purpose: "building guest images; a finished image runs on any Linux",
+    }
+}
+
+fn cores() -> Check {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    Check {
+        verdict: Verdict::Good,
+        what: "cores",
+        found: cores.to_string(),
+        purpose: "the CPU back end: each core runs one VM at a time",
+    }
+}
+
+fn memory() -> Check {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo(&text, "MemAvailable:");
+    Check {
+        verdict: if available.is_some_and(|bytes| bytes >= MEMORY) { Verdict::Good } else { Verdict::Note },
+        what: "memory",
+        found: available.map_or("unknown".into(), |bytes| format!("{} MiB available", bytes >> 20)),
+        purpose: "building takes 2 GiB; a lean VM takes 3 to 8 MiB",
+    }
+}
+
+fn meminfo(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+fn disk(root: &Path) -> Check {
+    let free = rustix::fs::statvfs(root).map(|stat| stat.f_bavail * stat.f_frsize);
+    Check {
+        verdict: if free.is_ok_and(|bytes| bytes >= DISK) { Verdict::Good } else { Verdict::Note },
+        what: "disk",
+        found: free.map_or_else(|error| error.to_string(), |bytes| format!("{} MiB free", bytes >> 20)),
+        purpose: "building everything takes up to 6 GiB (sources, kernel, the emulator)",
+    }
+}
+
+fn compiler() -> Check {
+    let found = ["c++", "g++", "clang++"].into_iter().find_map(host::find);
+    Check {
+        verdict: if found.is_some() { Verdict::Good } else { Verdict::Missing },
+        what: "C++ compiler",
+        found: found.map_or("none; apt-get install g++".into(), |path| path.display().to_string()),
+        purpose: "the machine of the CPU back end",
+    }
+}
+
+fn packages() -> Check {
+    let missing: Vec<String> = host::missing([]).into_iter().collect();
+    let root = rustix::process::geteuid().is_root();
+    let (verdict, found) = match missing.as_slice() {
+        [] => (Verdict::Good, "all there".into()),
+        names if root => (Verdict::Note, format!("the first build installs {}", names.join(" "))),
+        names => {
+            let line = names.join(" ");
+            (Verdict::Missing, format!("sudo apt-get install --no-install-recommends {line}"))
+        }
+    };
+    Check { verdict, what: "packages", found, purpose: "building kernel and programs of the guest" }
+}
+
+fn tun() -> Check {
+    let there = Path::new("/dev/net/tun").exists();
+    Check {
+        verdict: Verdict::Good,
+        what: "/dev/net/tun",
+        found: if there { "there" } else { "not there" }.into(),
+        purpose: "nothing yet: the network needs no privileges (--net user)",
+    }
+}
+
+fn driver() -> Check {
+    let found = library("libcuda.so.1");
+    Check {
+        verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
+        what: "NVIDIA driver",
+        found: found.map_or("no libcuda.so.1".into(), |path| path.display().to_string()),
+        purpose: "the CUDA back end, which is not in this release; the CPU back end needs no GPU",
+    }
+}
+
+fn nvrtc() -> Check {
+    let found = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].into_iter().find_map(library);
+    Check {
+        verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
+        what: "NVRTC",
+        found: found.map_or("no libnvrtc.so".into(), |path| path.display().to_string()),
+        purpose: "compiling the machine for a GPU; the CPU back end needs none",
+    }
+}
+
+/// Where a shared library lies: in the folders of the environment, then of the system.
+fn library(name: &str) -> Option<PathBuf> {
+    let own = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    let toolkit = std::env::var("CUDA_HOME").map(|home| format!("{home}/lib64")).unwrap_or_default();
+    let machine = std::env::consts::ARCH;
+    let system = format!(
+        "/usr/lib/{machine}-linux-gnu:/lib/{machine}-linux-gnu:/usr/lib64:/usr/lib:/usr/lib/wsl/lib:\
+         /usr/local/cuda/lib64:/usr/local/nvidia/lib64"
+    );
+    let folders = [own, toolkit, system].join(":");
+    let mut paths = folders.split(':').filter(|folder| !folder.is_empty()).map(|f| Path::new(f).join(name));
+    paths.find(|path| path.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_found_where_they_are() {
+        assert_eq!(library("libnone-such.so.7"), None);
+        assert!(library("libc.so.6").is_some_and(|path| path.exists()));
+    }
+
+    #[test]
+    fn memory_is_read() {
+        assert_eq!(meminfo("MemTotal: 9 kB\nMemAvailable:   4 kB\n", "MemAvailable:"), Some(4096));
+        assert_eq!(meminfo("", "MemAvailable:"), None);
+    }
+}
