@@ -28,7 +28,7 @@ struct FetchEntry {
 
 #define TLB_ENTRIES 256u
 #define FETCH_ENTRIES 128u
-#define INVALID 1u // no page address has a low bit set
+#define INVALID 0x800u // differs from every tag: a tag has only bits of page number and misalignment
 #define PAGE_MASK 0xfffff000u
 
 // Cached translations of one mode: user, supervisor, supervisor with SUM.
