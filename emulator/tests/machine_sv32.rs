@@ -130,13 +130,13 @@ fn every_permission() {
                     b.write32(at, entry);
                     b.write32(pa, NOP);
                     let sstatus = if sum { SSTATUS_SUM } else { 0 } | if mxr { SSTATUS_MXR } else { 0 };
-                    let what = format!("{kind:?} flags {flags:08b} mode {mode} sum {sum} mxr {mxr} large {large}");
+                    let what =
+                        format!("{kind:?} flags {flags:08b} mode {mode} sum {sum} mxr {mxr} large {large}");
                     let cause = access(&mut b, kind, TARGET, mode, sstatus);
                     let ok = allowed(flags, kind, mode, sum, mxr);
                     assert_eq!(cause, (!ok).then(|| page_fault(kind)), "{what}");
                     let writes = matches!(kind, Store | Amo | Sc);
-                    let expected =
-                        if ok { entry | A | if writes { D } else { 0 } } else { entry };
+                    let expected = if ok { entry | A | if writes { D } else { 0 } } else { entry };
                     assert_eq!(b.read32(at), expected, "PTE after {what}");
                     if ok {
                         passed += 1;
@@ -168,7 +168,11 @@ fn reserved_pointers() {
         for kind in [Load, Store, Fetch] {
             b.write32(FRAME | (TARGET & 0xfff), NOP);
             let cause = access(&mut b, kind, TARGET, MODE_S, 0);
-            assert_eq!(cause, (!fine).then(|| page_fault(kind)), "{kind:?} through a pointer with {flags:#x}");
+            assert_eq!(
+                cause,
+                (!fine).then(|| page_fault(kind)),
+                "{kind:?} through a pointer with {flags:#x}"
+            );
         }
     }
     b.write32(ROOT + 4 * (TARGET >> 22), pte(LEAVES, V));
@@ -198,7 +202,11 @@ fn outside_ram() {
     for ppn in [RAM >> 12, 0xe_0000, 0xf_9000, 0x10_0000, 0x10_0020, 0x3f_ffff] {
         for kind in [Load, Store, Fetch, Amo, Lr, Sc] {
             b.write32(root, ppn << 10 | V);
-            assert_eq!(access(&mut b, kind, TARGET, MODE_S, 0), Some(access_fault(kind)), "table at {ppn:#x}");
+            assert_eq!(
+                access(&mut b, kind, TARGET, MODE_S, 0),
+                Some(access_fault(kind)),
+                "table at {ppn:#x}"
+            );
             assert_eq!(b.hart().stval, TARGET);
             b.write32(root, pte(LEAVES, V));
             b.write32(leaf, ppn << 10 | RWX);
@@ -526,14 +534,7 @@ fn sum_and_mxr_take_effect_at_once() {
     // the handler counts in x20, notes sepc in x21 and x22, and skips
     s.bench.write(
         CODE + 0x2000,
-        &bytes(&[
-            addi(20, 20, 1),
-            addi(21, 22, 0),
-            csrr(22, SEPC),
-            addi(23, 22, 4),
-            csrw(SEPC, 23),
-            SRET,
-        ]),
+        &bytes(&[addi(20, 20, 1), addi(21, 22, 0), csrr(22, SEPC), addi(23, 22, 4), csrw(SEPC, 23), SRET]),
     );
     let words = s.words.clone();
     let mut b = s.bench;
@@ -654,7 +655,10 @@ fn page_zero() {
             b.step(1);
             let atomic = insn & 0x7f == 0x2f;
             if atomic && address % 4 != 0 {
-                assert_eq!((b.hart().scause, b.hart().stval), (if insn == lr(7, 5) { 4 } else { 6 }, address));
+                assert_eq!(
+                    (b.hart().scause, b.hart().stval),
+                    (if insn == lr(7, 5) { 4 } else { 6 }, address)
+                );
             } else if insn != lr(7, 5) && insn != sc(7, 5, 6) {
                 assert_eq!(b.read32(address) & 0xff, 0x55);
             }
