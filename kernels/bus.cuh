@@ -49,13 +49,17 @@ SLOW bool mmio_store(Machine &m, u64 pa, u32 size, u32 value) {
     return true;
 }
 
+// Takes back the instruction at hart.pc: it starts again in the next slice. The engine counts a step after
+// it.
+FN void not_executed(Machine &m) {
+    m.vm->hart.steps--;
+    m.events |= EV_JUMP;
+}
+
 // An exception, unless the real reason is that the frame pool is empty: then the instruction has not happened
 // and the VM stops before it.
 FN void memory_fault(Machine &m, u32 cause, u32 va) {
-    if ((m.events & EV_EXIT) && m.vm->exit == EXIT_NO_FRAME) {
-        m.events |= EV_JUMP;
-        return;
-    }
+    if ((m.events & EV_EXIT) && m.vm->exit == EXIT_NO_FRAME) return not_executed(m);
     take_exception(m, cause, va);
 }
 
