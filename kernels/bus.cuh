@@ -129,8 +129,10 @@ SLOW bool atomic(Machine &m, u32 op, u32 va, u32 operand, u32 &value) {
         w.cause = op == OP_LR ? CAUSE_LOAD_ACCESS : CAUSE_STORE_ACCESS;
     if (!w.cause && op == OP_SC) {
         bool held = h.reservation == (u32)w.pa;
-        h.reservation = NO_RESERVATION;
-        if (held && !ram_store(m, w.pa, 4, operand)) w.cause = CAUSE_STORE_ACCESS;
+        if (held && !ram_store(m, w.pa, 4, operand))
+            w.cause = CAUSE_STORE_ACCESS; // no frame left: it will be tried again
+        else
+            h.reservation = NO_RESERVATION;
         old = !held;
     } else if (!w.cause && op == OP_LR) {
         h.reservation = (u32)w.pa;
