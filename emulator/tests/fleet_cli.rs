@@ -235,7 +235,7 @@ fn bad_arguments_are_told_at_once() {
         (&["--backend", "cuda"], &["no CUDA back end", "--backend cpu"]),
         (&["--ram", "64K"], &["at least", "--ram"]),
         (&["--ram", "1000001"], &["multiple of 4096"]),
-        (&["--vms", "100000"], &["addresses"]),
+        (&["--vms", "100000000"], &[" fit "]),
         (&["--vms", "30000", "--ram", "3G", "--net", "off"], &[" fit ", "fewer --vms or less --ram"]),
         (&["--report", "/nowhere/report.json"], &["--report /nowhere/report.json"]),
     ] {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use emulator::backend::Machines;
 use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
@@ -106,6 +107,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
+    let plan = machines::plan(args, image.ram_bytes.into(), |text| tracing::warn!("{text}"))?;
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
     let mut bridge = match args.net {
         NetMode::Off => None,
@@ -113,7 +115,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             Some(UserBridge::bind(BridgeConfig::new(args.port_base, args.vms)).into_diagnostic()?)
         }
     };
-    let fleet = Arc::new(make_fleet(args, started, &claim, image)?);
+    let fleet = Arc::new(make_fleet(args, started, &claim, machines::open(args, image, plan)?)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -177,8 +179,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     Ok(ExitCode::SUCCESS)
 }
 
-fn make_fleet(args: &FleetArgs, started: Instant, claim: &Claim, image: GuestImage) -> Result<Fleet> {
-    let machines = machines::open(args, image, |text| tracing::warn!("{text}"))?;
+fn make_fleet(
+    args: &FleetArgs,
+    started: Instant,
+    claim: &Claim,
+    machines: Arc<dyn Machines>,
+) -> Result<Fleet> {
     let folder = claim.place.console();
     let logs = Logs::create(&folder, LogLimits::default())
         .into_diagnostic()

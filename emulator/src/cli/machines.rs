@@ -16,10 +16,15 @@ use super::{Backend, FleetArgs};
 /// Guests' clocks start here when boots are to be repeatable: 2026-01-01.
 const FIXED_EPOCH_NS: u64 = 1_767_225_600 * 1_000_000_000;
 
-/// Opens the machines; `warn` is called with what the user should know.
-pub fn open(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Result<Arc<dyn Machines>> {
+/// What was found out before anything was opened.
+pub struct Plan {
+    /// Frames that the VMs may have for themselves, all together; none for no limit.
+    private_frames: Option<u32>,
+}
+
+/// Checks that the back end exists and that the VMs fit; `warn` is called with what the user should know.
+pub fn plan(args: &FleetArgs, ram: u64, warn: impl Fn(String)) -> Result<Plan> {
     match args.backend {
-        Backend::Cpu => {}
         // The place of the CUDA back end.
         Backend::Cuda => {
             return Err(miette!(
@@ -27,9 +32,26 @@ pub fn open(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Resul
                 "this build has no CUDA back end: the machine runs on the CPU only"
             ));
         }
-        Backend::Auto => {}
+        Backend::Auto | Backend::Cpu => {}
     }
-    open_cpu(args, image, warn)
+    let Some(available) = available_memory() else {
+        warn("this machine does not tell how much memory is free; the fleet may be too large for it".into());
+        return Ok(Plan { private_frames: None });
+    };
+    let capacity = Capacity::new(ram, available);
+    if capacity.check(args.vms, ram).into_diagnostic()? {
+        return Ok(Plan { private_frames: None });
+    }
+    let pool = capacity.pool_bytes(args.vms);
+    warn(format!(
+        "{} of memory can be used for {} VMs of {} RAM: if the guests write more than {} on average, the VM that asks \
+         for more fails",
+        size(capacity.available),
+        args.vms,
+        size(ram),
+        size(pool / u64::from(args.vms)),
+    ));
+    Ok(Plan { private_frames: Some(u32::try_from(pool / u64::from(FRAME_BYTES)).unwrap_or(u32::MAX)) })
 }
 
 /// What `--backend auto` chose, for people.
@@ -40,35 +62,12 @@ pub fn choice(args: &FleetArgs) -> &'static str {
     }
 }
 
-fn open_cpu(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Result<Arc<dyn Machines>> {
-    let ram = u64::from(image.ram_bytes);
-    let frame = u64::from(FRAME_BYTES);
-    let private_frames = match available_memory().map(|available| Capacity::new(ram, available)) {
-        None => {
-            warn(
-                "this machine does not tell how much memory is free; the fleet may be too large for it"
-                    .into(),
-            );
-            None
-        }
-        Some(capacity) if capacity.check(args.vms, ram).into_diagnostic()? => None,
-        Some(capacity) => {
-            let pool = capacity.pool_bytes(args.vms);
-            warn(format!(
-                "{} of memory can be used for {} VMs of {} RAM: if the guests write more than {} on average, the VM \
-                 that asks for more fails",
-                size(capacity.available),
-                args.vms,
-                size(ram),
-                size(pool / u64::from(args.vms)),
-            ));
-            Some(u32::try_from(pool / frame).unwrap_or(u32::MAX))
-        }
-    };
+/// Opens the machines.
+pub fn open(args: &FleetArgs, image: GuestImage, plan: Plan) -> Result<Arc<dyn Machines>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     let config = Config {
         boot: Arc::new(BootMemory {
-            ram_bytes: ram,
+            ram_bytes: image.ram_bytes.into(),
             entry: 0,
             dtb_address: image.dtb_addr,
             pieces: vec![
@@ -79,7 +78,7 @@ fn open_cpu(args: &FleetArgs, image: GuestImage, warn: impl Fn(String)) -> Resul
         }),
         vms: args.vms,
         threads: threads(args),
-        private_frames,
+        private_frames: plan.private_frames,
         epoch_ns: args.seed.map_or(u64::try_from(now).unwrap_or(0), |_| FIXED_EPOCH_NS),
         seed: args.seed,
     };

@@ -1,4 +1,4 @@
-//! Which VM runs next: two queues of runnable VMs, timers of sleeping ones, and no lost wake-ups.
+//! Which VM runs next: queues of runnable VMs, timers of sleeping ones, and no lost wake-ups.
 //!
 //! All transitions happen under one lock. A wake-up that comes while a VM runs is remembered in `pending`, and the
 //! end of that slice turns it into another turn, so nothing is lost between "the guest went idle" and "the VM sleeps".
@@ -9,8 +9,21 @@ use std::time::Instant;
 
 use crate::fleet::lock;
 
-/// Of so many turns, the last goes to a VM that used up its budget, even if freshly woken ones wait.
+/// Of so many turns, the last goes to a VM that boots or computes, even if freshly woken ones wait.
 const BULK_SHARE: u32 = 4;
+/// Slices in a row that a booting VM may have. A whole boot takes fewer; one that hangs must not keep a core.
+const BOOT_SLICES: u32 = 64;
+
+/// Why a VM is runnable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// It was woken: somebody may wait for an answer.
+    Fresh,
+    /// It used up its budget and goes to the end of the queue.
+    Bulk,
+    /// It boots. One boot after the other keeps caches warm, and the first VMs serve early.
+    Boot,
+}
 
 /// What a VM is doing, as the scheduler sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,14 +45,16 @@ pub enum Activity {
 pub struct Turn {
     /// VM number.
     pub vm: u32,
-    /// The VM used up its last budget: it wants throughput, not latency.
-    pub bulk: bool,
+    /// Why it is runnable.
+    pub class: Class,
 }
 
 #[derive(Clone)]
 struct Entry {
     activity: Activity,
-    bulk: bool,
+    class: Class,
+    /// Slices in a row as [`Class::Boot`].
+    boot_slices: u32,
     pending: bool,
     paused: bool,
     deadline: Option<Instant>,
@@ -51,6 +66,8 @@ struct Inner {
     fresh: VecDeque<u32>,
     /// VMs that used up their budget.
     bulk: VecDeque<u32>,
+    /// VMs that boot.
+    boot: VecDeque<u32>,
     /// At most one entry a VM, so guests can't make it grow.
     timers: BTreeSet<(Instant, u32)>,
     /// Workers that wait for work.
@@ -68,15 +85,22 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler of `vms` VMs, all runnable.
+    /// A scheduler of `vms` VMs, all of them to be booted.
     pub fn new(vms: u32) -> Self {
-        let entry =
-            Entry { activity: Activity::Queued, bulk: true, pending: false, paused: false, deadline: None };
+        let entry = Entry {
+            activity: Activity::Queued,
+            class: Class::Boot,
+            boot_slices: 0,
+            pending: false,
+            paused: false,
+            deadline: None,
+        };
         Self {
             inner: Mutex::new(Inner {
                 vms: vec![entry; vms as usize],
                 fresh: VecDeque::new(),
-                bulk: (0..vms).collect(),
+                bulk: VecDeque::new(),
+                boot: (0..vms).collect(),
                 timers: BTreeSet::new(),
                 idle: 0,
                 watched: None,
@@ -134,7 +158,7 @@ impl Scheduler {
         let entry = &mut inner.vms[vm as usize];
         debug_assert_eq!(entry.activity, Activity::Running);
         if std::mem::take(&mut entry.pending) {
-            inner.enqueue(vm, false);
+            inner.enqueue(vm, Class::Fresh);
         } else {
             entry.activity = Activity::Sleeping;
             inner.set_timer(vm, deadline);
@@ -142,10 +166,10 @@ impl Scheduler {
     }
 
     /// The VM's slice ended with work left.
-    pub fn requeue(&self, vm: u32, bulk: bool) {
+    pub fn requeue(&self, vm: u32, class: Class) {
         let mut inner = lock(&self.inner);
         inner.vms[vm as usize].pending = false;
-        inner.enqueue(vm, bulk);
+        inner.enqueue(vm, class);
     }
 
     /// The VM never runs again. Only for a VM that is running, or in the tests.
@@ -166,7 +190,7 @@ impl Scheduler {
         let entry = &mut inner.vms[vm as usize];
         entry.paused = false;
         if entry.activity == Activity::Sleeping && std::mem::take(&mut entry.pending) {
-            inner.enqueue(vm, false);
+            inner.enqueue(vm, Class::Fresh);
             if inner.idle > 0 {
                 self.work.notify_one();
             }
@@ -192,7 +216,7 @@ impl Scheduler {
 
 impl Inner {
     fn has_work(&self) -> bool {
-        !self.fresh.is_empty() || !self.bulk.is_empty()
+        !(self.fresh.is_empty() && self.bulk.is_empty() && self.boot.is_empty())
     }
 
     /// The next timer, unless an idle worker watches it or an earlier one.
@@ -218,7 +242,7 @@ impl Inner {
         let entry = &mut self.vms[vm as usize];
         match entry.activity {
             Activity::Sleeping => {
-                self.enqueue(vm, false);
+                self.enqueue(vm, Class::Fresh);
                 true
             }
             Activity::Running => {
@@ -229,7 +253,7 @@ impl Inner {
         }
     }
 
-    fn enqueue(&mut self, vm: u32, bulk: bool) {
+    fn enqueue(&mut self, vm: u32, class: Class) {
         let entry = &mut self.vms[vm as usize];
         if entry.paused {
             entry.activity = Activity::Sleeping;
@@ -237,19 +261,38 @@ impl Inner {
             return;
         }
         entry.activity = Activity::Queued;
-        entry.bulk = bulk;
-        if bulk { &mut self.bulk } else { &mut self.fresh }.push_back(vm);
+        entry.class = class;
+        match class {
+            Class::Fresh => self.fresh.push_back(vm),
+            Class::Bulk => self.bulk.push_back(vm),
+            Class::Boot if entry.boot_slices < BOOT_SLICES => {
+                entry.boot_slices += 1;
+                self.boot.push_front(vm);
+            }
+            Class::Boot => {
+                entry.boot_slices = 0;
+                self.boot.push_back(vm);
+            }
+        }
+    }
+
+    fn next(&mut self) -> Option<u32> {
+        self.turns = self.turns.wrapping_add(1);
+        let bulk_first = self.turns.is_multiple_of(BULK_SHARE);
+        if !bulk_first && let Some(vm) = self.fresh.pop_front() {
+            return Some(vm);
+        }
+        // Those that compute and those that boot share what is left.
+        let (first, second) = match self.turns / BULK_SHARE % 2 {
+            0 => (&mut self.bulk, &mut self.boot),
+            _ => (&mut self.boot, &mut self.bulk),
+        };
+        first.pop_front().or_else(|| second.pop_front()).or_else(|| self.fresh.pop_front())
     }
 
     fn pick(&mut self, max: usize, turns: &mut Vec<Turn>) {
         while turns.len() < max {
-            self.turns = self.turns.wrapping_add(1);
-            let bulk_first = self.turns.is_multiple_of(BULK_SHARE);
-            let next = match bulk_first {
-                true => self.bulk.pop_front().or_else(|| self.fresh.pop_front()),
-                false => self.fresh.pop_front().or_else(|| self.bulk.pop_front()),
-            };
-            let Some(vm) = next else { break };
+            let Some(vm) = self.next() else { break };
             let entry = &mut self.vms[vm as usize];
             if entry.paused {
                 entry.activity = Activity::Sleeping;
@@ -257,7 +300,7 @@ impl Inner {
                 continue;
             }
             entry.activity = Activity::Running;
-            turns.push(Turn { vm, bulk: entry.bulk });
+            turns.push(Turn { vm, class: entry.class });
         }
     }
 
@@ -289,11 +332,36 @@ mod tests {
     fn runs_in_order_and_skips_sleepers() {
         let s = Scheduler::new(3);
         assert_eq!([next(&s), next(&s)], [0, 1]);
-        s.requeue(0, true);
+        s.requeue(0, Class::Bulk);
         s.park(1, None);
         assert_eq!([next(&s), next(&s)], [2, 0]);
         s.wake(1);
         assert_eq!(next(&s), 1);
+    }
+
+    #[test]
+    fn boots_go_one_after_the_other_but_none_keeps_the_core() {
+        let s = Scheduler::new(3);
+        for vm in [0, 1] {
+            for _ in 0..10 {
+                assert_eq!(next(&s), vm);
+                s.requeue(vm, Class::Boot);
+            }
+            assert_eq!(next(&s), vm);
+            s.park(vm, None);
+        }
+        // The last one hangs; two more come.
+        assert_eq!(next(&s), 2);
+        s.requeue(2, Class::Boot);
+        s.wake(0);
+        s.wake(1);
+        let mut slices = [0; 3];
+        for _ in 0..100 {
+            let vm = next(&s);
+            slices[vm as usize] += 1;
+            s.requeue(vm, Class::Bulk);
+        }
+        assert!(slices.iter().all(|n| *n >= 25), "{slices:?}");
     }
 
     #[test]
@@ -339,7 +407,7 @@ mod tests {
         s.resume(vm);
         assert_eq!(next(&s), vm);
         s.pause(vm);
-        s.requeue(vm, true);
+        s.requeue(vm, Class::Bulk);
         assert_eq!(s.activity(vm), Activity::Paused);
         s.resume(vm);
         assert_eq!(next(&s), vm);
@@ -356,7 +424,7 @@ mod tests {
             seen[vm as usize] += 1;
             // Half of the fleet computes, half of it sleeps and is woken at once.
             if vm < 20 {
-                s.requeue(vm, true);
+                s.requeue(vm, Class::Bulk);
             } else {
                 s.park(vm, None);
                 s.wake(vm);
