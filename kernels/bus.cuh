@@ -49,13 +49,17 @@ SLOW bool mmio_store(Machine &m, u64 pa, u32 size, u32 value) {
     return true;
 }
 
+// Takes back the instruction at hart.pc: it starts again in the next slice. The engine counts a step after
+// it.
+FN void not_executed(Machine &m) {
+    m.vm->hart.steps--;
+    m.events |= EV_JUMP;
+}
+
 // An exception, unless the real reason is that the frame pool is empty: then the instruction has not happened
 // and the VM stops before it.
 FN void memory_fault(Machine &m, u32 cause, u32 va) {
-    if ((m.events & EV_EXIT) && m.vm->exit == EXIT_NO_FRAME) {
-        m.events |= EV_JUMP;
-        return;
-    }
+    if ((m.events & EV_EXIT) && m.vm->exit == EXIT_NO_FRAME) return not_executed(m);
     take_exception(m, cause, va);
 }
 
@@ -125,8 +129,10 @@ SLOW bool atomic(Machine &m, u32 op, u32 va, u32 operand, u32 &value) {
         w.cause = op == OP_LR ? CAUSE_LOAD_ACCESS : CAUSE_STORE_ACCESS;
     if (!w.cause && op == OP_SC) {
         bool held = h.reservation == (u32)w.pa;
-        h.reservation = NO_RESERVATION;
-        if (held && !ram_store(m, w.pa, 4, operand)) w.cause = CAUSE_STORE_ACCESS;
+        if (held && !ram_store(m, w.pa, 4, operand))
+            w.cause = CAUSE_STORE_ACCESS; // no frame left: it will be tried again
+        else
+            h.reservation = NO_RESERVATION;
         old = !held;
     } else if (!w.cause && op == OP_LR) {
         h.reservation = (u32)w.pa;

@@ -28,7 +28,7 @@ struct FetchEntry {
 
 #define TLB_ENTRIES 256u
 #define FETCH_ENTRIES 128u
-#define INVALID 1u // no page address has a low bit set
+#define INVALID 0x800u // differs from every tag: a tag has only bits of page number and misalignment
 #define PAGE_MASK 0xfffff000u
 
 // Cached translations of one mode: user, supervisor, supervisor with SUM.
@@ -61,6 +61,7 @@ struct Handler {
     } while (0)
 #define INLINE inline __attribute__((always_inline))
 
+// clang-format off: it takes these lists for expressions
 // Micro-ops that only this engine has: jumps backwards, and runs of words stored or loaded at one base.
 #define CPU_ONLY_OPS(X)                                                                                      \
     X(BEQ_BACK)                                                                                              \
@@ -88,6 +89,7 @@ struct Handler {
                                                         X(AUIPC, LW) X(SB, ADDI) X(SUB, ADDI) X(SRAI, ADDI)  \
                                                             X(LH, LI) X(LHU, SLLI) X(SLTU, ADD)
 
+// clang-format on
 enum CpuOp : u32 {
     OP_CPU_BASE = OP_COUNT - 1,
 #define X(name) OP_##name,
@@ -397,10 +399,10 @@ OUT_OF_LINE void exact(ARGUMENTS) {
 // -- Handlers
 // ----------------------------------------------------------------------------------------------------
 
-template <u32 OP> constexpr bool is_alu = OP >= OP_ADD &&OP <= OP_REMU;
-template <u32 OP> constexpr bool is_alu_imm = OP >= OP_ADDI &&OP <= OP_ANDI;
-template <u32 OP> constexpr bool is_load = OP >= OP_LB &&OP <= OP_LHU;
-template <u32 OP> constexpr bool is_store = OP >= OP_SB &&OP <= OP_SW;
+template <u32 OP> constexpr bool is_alu = OP >= OP_ADD && OP <= OP_REMU;
+template <u32 OP> constexpr bool is_alu_imm = OP >= OP_ADDI && OP <= OP_ANDI;
+template <u32 OP> constexpr bool is_load = OP >= OP_LB && OP <= OP_LHU;
+template <u32 OP> constexpr bool is_store = OP >= OP_SB && OP <= OP_SW;
 template <u32 OP>
 constexpr bool is_straight =
     is_alu<OP> || is_alu_imm<OP> || is_load<OP> || is_store<OP> || OP == OP_LI || OP == OP_AUIPC;

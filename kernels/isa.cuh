@@ -3,27 +3,24 @@
 #include "base.cuh"
 
 // Integer operations whose result depends on two operands alone.
-#define ALU_OPS(X)                                                                                           \
-    X(ADD)                                                                                                   \
-    X(SUB)                                                                                                   \
-    X(SLL)                                                                                                   \
-    X(SLT) X(SLTU) X(XOR) X(SRL) X(SRA) X(OR) X(AND) X(MUL) X(MULH) X(MULHSU) X(MULHU) X(DIV) X(DIVU) X(REM) \
-        X(REMU)
+// clang-format off: it takes these lists for expressions
+#define ALU_OPS(X) \
+    X(ADD) X(SUB) X(SLL) X(SLT) X(SLTU) X(XOR) X(SRL) X(SRA) X(OR) X(AND) \
+    X(MUL) X(MULH) X(MULHSU) X(MULHU) X(DIV) X(DIVU) X(REM) X(REMU)
 #define ALU_IMM_OPS(X) X(ADDI) X(SLLI) X(SLTI) X(SLTIU) X(XORI) X(SRLI) X(SRAI) X(ORI) X(ANDI)
 #define BRANCH_OPS(X) X(BEQ) X(BNE) X(BLT) X(BGE) X(BLTU) X(BGEU)
 #define LOAD_OPS(X) X(LB) X(LH) X(LW) X(LBU) X(LHU)
 #define STORE_OPS(X) X(SB) X(SH) X(SW)
 #define AMO_OPS(X) X(AMOSWAP) X(AMOADD) X(AMOXOR) X(AMOAND) X(AMOOR) X(AMOMIN) X(AMOMAX) X(AMOMINU) X(AMOMAXU)
 
-// All micro-ops. OP_DECODE is 0, so that a page of zeroes is a page of undecoded instructions.
-#define ALL_OPS(X)                                                                                           \
-    X(DECODE)                                                                                                \
-    X(NEXT_PAGE)                                                                                             \
-    X(ILLEGAL)                                                                                               \
-    ALU_OPS(X) ALU_IMM_OPS(X) X(LI) X(AUIPC) LOAD_OPS(X) STORE_OPS(X) BRANCH_OPS(X)                          \
-        X(JAL) /* target in the same page */                                                                 \
-        X(BEQ_FAR) X(BNE_FAR) X(BLT_FAR) X(BGE_FAR) X(BLTU_FAR) X(BGEU_FAR) X(JAL_FAR) /* any target */      \
-        X(JALR) X(FENCE) X(FENCE_I) X(LR) X(SC) AMO_OPS(X) X(CSR) X(SYSTEM)
+// All micro-ops. OP_DECODE is 0, so that a page of zeroes is a page of undecoded instructions. JAL and the plain branches
+// lead to the same page, the FAR ones anywhere.
+#define ALL_OPS(X) \
+    X(DECODE) X(NEXT_PAGE) X(ILLEGAL) \
+    ALU_OPS(X) ALU_IMM_OPS(X) X(LI) X(AUIPC) LOAD_OPS(X) STORE_OPS(X) BRANCH_OPS(X) X(JAL) \
+    X(BEQ_FAR) X(BNE_FAR) X(BLT_FAR) X(BGE_FAR) X(BLTU_FAR) X(BGEU_FAR) X(JAL_FAR) \
+    X(JALR) X(FENCE) X(FENCE_I) X(LR) X(SC) AMO_OPS(X) X(CSR) X(SYSTEM)
+// clang-format on
 
 enum Op : u8 {
 #define X(name) OP_##name,

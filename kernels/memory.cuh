@@ -17,8 +17,9 @@ SLOW u32 frame_take(Machine &m) {
     u64 head = relaxed_load(&pool->head);
     for (;;) {
         if (head >= relaxed_load(&pool->tail)) return NO_FRAME;
-        if (compare_and_swap(&pool->head, head, head + 1))
-            return ((const u32 *)(uintptr_t)pool->ring_ptr)[head % pool->capacity];
+        // Read before it is taken: afterwards the host may put another frame there.
+        u32 frame = shared_load((const u32 *)(uintptr_t)pool->ring_ptr + head % pool->capacity);
+        if (compare_and_swap(&pool->head, head, head + 1)) return frame;
     }
 }
 

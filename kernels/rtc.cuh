@@ -9,7 +9,7 @@ FN u64 rtc_alarm_ticks(const Vm &vm) {
     if (!vm.rtc.armed) return ~0ull;
     if (vm.rtc.alarm_ns <= vm.rtc.epoch_ns) return 0;
     u64 ns = vm.rtc.alarm_ns - vm.rtc.epoch_ns;
-    return ns > ~0ull / 13 ? ~0ull : (ns * 13 + 199) / 200;
+    return ns / 200 * 13 + (ns % 200 * 13 + 199) / 200;
 }
 
 SLOW void rtc_poll(Machine &m) {

@@ -47,11 +47,19 @@ FN void wait_for_interrupt(Machine &m) {
     m.events |= EV_CHECK;
 }
 
+// Puts a byte on the wire. While there is no room, the ECALL has not happened: the slice ends before it.
+FN void console_put_blocking(Machine &m, u8 byte) {
+    if (console_put(m, byte)) return;
+    exit_with(m, EXIT_DRAIN);
+    not_executed(m);
+}
+
 // Debug console: `len` bytes of guest memory, all of it in RAM.
 SLOW SbiResult debug_console(Machine &m, u32 function, u32 len, u32 low, u32 high) {
+    if (function > 2) return sbi_result(SBI_NOT_SUPPORTED, 0);
     if (function == 2) { // one byte
-        u8 byte = (u8)len;
-        return console_put(m, byte) ? sbi_result(SBI_OK, 0) : sbi_result(SBI_FAILED, 0);
+        console_put_blocking(m, (u8)len);
+        return sbi_result(SBI_OK, 0);
     }
     if (high || !ram_has(m, low, len)) return sbi_result(SBI_INVALID_PARAM, 0);
     u32 done = 0;
@@ -64,7 +72,6 @@ SLOW SbiResult debug_console(Machine &m, u32 function, u32 len, u32 low, u32 hig
         if (done < len) exit_with(m, EXIT_DRAIN);
         return sbi_result(SBI_OK, done);
     }
-    if (function != 1) return sbi_result(SBI_NOT_SUPPORTED, 0);
     u32 tail = m.mail->in_tail, head = shared_load(&m.mail->in_head);
     while (done < len && tail != head) {
         u8 *to = ram_write_at(m, low + done);
@@ -143,7 +150,10 @@ SLOW void sbi_ecall(Machine &m) {
         set_timer(m, x[10], x[11]);
         x[10] = 0;
         return;
-    case 1: x[10] = console_put(m, (u8)x[10]) ? 0 : (u32)SBI_FAILED; return;
+    case 1:
+        console_put_blocking(m, (u8)x[10]);
+        if (!(m.events & EV_EXIT)) x[10] = 0;
+        return;
     case 2: {
         u32 tail = m.mail->in_tail;
         if (tail == shared_load(&m.mail->in_head)) {
@@ -172,5 +182,6 @@ SLOW void sbi_ecall(Machine &m) {
     }
     u32 a[4] = {x[10], x[11], x[12], x[13]};
     SbiResult r = sbi_call(m, extension, x[16], a);
+    if (m.events & EV_JUMP) return; // it will be called again
     x[10] = (u32)r.error, x[11] = r.value;
 }

@@ -38,9 +38,17 @@ FN void uart_update(Machine &m) { plic_line(m, UART_IRQ, uart_iir(m.vm->uart) !=
 FN void uart_receive(Uart &u, u8 byte) {
     if (u.rx_len >= uart_rx_depth(u)) {
         u.lsr_errors |= LSR_OE;
+        if (!(u.fcr & FCR_ENABLE)) u.rx[0] = byte; // without FIFOs the old byte is lost
         return;
     }
     u.rx[u.rx_len++] = byte;
+}
+
+// MSR bits 7:4. In loopback DTR, RTS, OUT1 and OUT2 come back as DSR, CTS, RI and DCD.
+FN u32 uart_lines(const Uart &u) {
+    if (!(u.mcr & MCR_LOOP)) return MSR_LINES;
+    return (u.mcr & MCR_RTS ? 0x10 : 0) | (u.mcr & MCR_DTR ? 0x20 : 0) | (u.mcr & 4 ? 0x40 : 0) |
+           (u.mcr & 8 ? 0x80 : 0);
 }
 
 // Moves input from the wire into the FIFO while the guest listens: it asserts RTS or takes receive
@@ -112,15 +120,10 @@ SLOW u32 uart_read(Machine &m, u32 reg) {
         value = u.lsr_errors | (u.rx_len ? LSR_DR : 0) | (u.tx_len ? 0 : LSR_THRE | LSR_TEMT);
         u.lsr_errors = 0;
         break;
-    case 6: {
-        u32 lines = MSR_LINES;
-        if (u.mcr & MCR_LOOP) // DTR, RTS, OUT1 and OUT2 come back as DSR, CTS, RI and DCD
-            lines = (u.mcr & MCR_RTS ? 0x10 : 0) | (u.mcr & MCR_DTR ? 0x20 : 0) | (u.mcr & 4 ? 0x40 : 0) |
-                    (u.mcr & 8 ? 0x80 : 0);
-        value = lines | (u.msr & 15);
+    case 6:
+        value = uart_lines(u) | (u.msr & 15);
         u.msr &= ~15u;
         break;
-    }
     default: return u.scr;
     }
     uart_update(m);
@@ -158,15 +161,20 @@ SLOW void uart_write(Machine &m, u32 reg, u32 value) {
         uart_fill(m);
         break;
     case 2:
-        if ((value ^ u.fcr) & FCR_ENABLE) u.rx_len = 0; // a change of mode clears both FIFOs
+        if ((value ^ u.fcr) & FCR_ENABLE) u.rx_len = 0;  // a change of mode clears both FIFOs
+        if (!(value & FCR_ENABLE)) value = u.fcr & 0xC0; // the other bits are not programmed then
         if (value & 2) u.rx_len = 0;
         u.fcr = value & (FCR_ENABLE | 0xC0);
         break;
     case 3: u.lcr = value; return;
-    case 4:
+    case 4: {
+        u32 before = uart_lines(u);
         u.mcr = value & 0x1f;
+        u32 after = uart_lines(u), changed = before ^ after;
+        u.msr |= (changed & 0xB0) >> 4 | (before & ~after & 0x40) >> 4; // RI counts at its trailing edge
         uart_fill(m);
         break;
+    }
     case 7: u.scr = value; return;
     default: return; // LSR and MSR are read-only
     }

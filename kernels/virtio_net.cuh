@@ -67,6 +67,13 @@ FN int queue_next(Machine &m, Virtq &q, u32 &head, Chain &c) {
     return chain_load(m, q, c) ? 1 : -1;
 }
 
+// Whether the next used element can be written. Not when its page is still shared and no frame is left: the
+// VM then stops, and tries again.
+SLOW bool queue_writable(Machine &m, const Virtq &q) {
+    u64 at = q.used + 4 + 8 * (u64)(q.used_idx % q.num);
+    return ram_write_at(m, (u32)at) && ram_write_at(m, (u32)at + 4) && ram_write_at(m, (u32)q.used + 2);
+}
+
 // Puts the chain on the used ring.
 FN bool queue_done(Machine &m, Virtq &q, u32 head, u32 written) {
     u64 at = q.used + 4 + 8 * (u64)(q.used_idx % q.num);
@@ -75,6 +82,7 @@ FN bool queue_done(Machine &m, Virtq &q, u32 head, u32 written) {
         return false;
     q.used_idx = next;
     q.last_avail = (q.last_avail + 1) & 0xffff;
+    m.vm->hart.reservation = 0xFFFFFFFFu; // a device has written
     return true;
 }
 
@@ -96,7 +104,7 @@ SLOW void net_transmit(Machine &m) {
         if (got < 0) return net_broken(m);
         if (got == 0) break;
         u32 slot_index = m.mail->tx_head;
-        if (slot_index - shared_load(&m.mail->tx_tail) >= NET_SLOTS) {
+        if (slot_index - shared_load(&m.mail->tx_tail) >= NET_SLOTS || !queue_writable(m, q)) {
             n.tx_stalled = 1; // the host is behind: go on when it has taken some
             break;
         }
@@ -133,7 +141,7 @@ SLOW void net_receive(Machine &m) {
     VirtioNet &n = m.vm->net;
     Virtq &q = n.queue[RXQ];
     if (!net_running(n, RXQ)) return;
-    bool done = false;
+    bool done = false, starved = false;
     for (u32 budget = NET_SLOTS; budget; budget--) {
         u32 tail = m.mail->rx_tail;
         if (tail == shared_load(&m.mail->rx_head)) break;
@@ -142,7 +150,7 @@ SLOW void net_receive(Machine &m) {
         Chain c;
         int got = queue_next(m, q, head, c);
         if (got < 0) return net_broken(m);
-        if (got == 0) break; // no buffer: the frame waits
+        if (got == 0 || !queue_writable(m, q)) break; // no buffer: the frame waits
         u32 len = slot.len, at = 0, total = NET_HEADER + len;
         if (len > ETH_FRAME_BYTES) total = 0xFFFFFFFFu;
         // All of the chain is checked before the first byte is written.
@@ -167,18 +175,20 @@ SLOW void net_receive(Machine &m) {
                 u32 run = (in_header ? NET_HEADER : total) - at;
                 if (run > c.len - off) run = c.len - off;
                 const u8 *from = in_header ? header + at : slot.data + (at - NET_HEADER);
-                if (!ram_copy_in(m, (u32)c.addr + off, from, run)) return; // no frame left: the slice ends
+                m.vm->hart.reservation = 0xFFFFFFFFu;
+                starved = !ram_copy_in(m, (u32)c.addr + off, from, run);
+                if (starved) break;
                 off += run, at += run;
             }
-            if (at == total) break;
+            if (at == total || starved) break;
             if (!chain_load(m, q, c)) return net_broken(m);
         }
+        if (starved) break; // no frame left: the slice ends, and this packet is tried again
         if (!queue_done(m, q, head, total)) return net_broken(m);
         shared_store(&m.mail->rx_tail, tail + 1);
         n.rx_frames++, n.rx_bytes += len;
         done = true;
     }
-    m.vm->hart.reservation = 0xFFFFFFFFu;
     if (done && queue_wants_interrupt(m, q)) net_interrupt(m, 1);
 }
 

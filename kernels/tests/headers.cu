@@ -71,7 +71,7 @@ FN bool execute(Machine &m, u32 insn) {
         else
             take_exception(m, CAUSE_ILLEGAL, insn);
         return true;
-    case OP_SYSTEM: system_execute(m, insn); return true;
+    case OP_SYSTEM: system_execute(m, insn, x[u.rs1]); return true;
     case OP_FENCE:
     case OP_FENCE_I: return true;
     default: take_exception(m, CAUSE_ILLEGAL, u.imm); return true;

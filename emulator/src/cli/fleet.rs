@@ -15,12 +15,14 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::ports;
 use emulator::net::user::{Config as BridgeConfig, UserBridge};
 use emulator::report::{Failure, Report};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::live::Live;
+use super::machines::Opened;
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
 
@@ -107,15 +109,19 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
-    let plan = machines::plan(args, image.ram_bytes.into(), |text| tracing::warn!("{text}"))?;
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
+    let ports = BridgeConfig::new(args.port_base, args.vms);
+    if args.net == NetMode::User {
+        ports::check(&ports.ports).into_diagnostic()?;
+    }
+    // Whether the VMs fit is known here, before thousands of ports are taken.
+    let Opened { machines, choice, notes, .. } =
+        machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
     let mut bridge = match args.net {
         NetMode::Off => None,
-        NetMode::User => {
-            Some(UserBridge::bind(BridgeConfig::new(args.port_base, args.vms)).into_diagnostic()?)
-        }
+        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
     };
-    let fleet = Arc::new(make_fleet(args, started, &claim, machines::open(args, image, plan)?)?);
+    let fleet = Arc::new(make_fleet(args, started, &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -136,7 +142,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     fleet.start().into_diagnostic()?;
     if !args.quiet {
-        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), machines::choice(args));
+        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), choice);
+        for note in notes {
+            println!("{note}");
+        }
         print_urls(args);
         println!("Console logs: {}", claim.place.console().display());
     }

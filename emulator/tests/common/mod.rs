@@ -10,6 +10,7 @@ use emulator::backend::cpu::{Config, CpuMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
+use std::sync::Arc;
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
@@ -52,7 +53,7 @@ impl Bench {
     pub fn with(vms: u32, private: Option<u32>, ram: u32, pieces: Vec<(u32, Vec<u8>)>, entry: u32) -> Self {
         let pieces =
             pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
-        let boot = BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces };
+        let boot = Arc::new(BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces });
         let config = Config {
             boot: boot.into(),
             vms,
@@ -155,17 +156,23 @@ impl Bench {
 
     /// Runs one instruction of S mode beside what the hart is doing; `Err` is the cause and stval of its trap.
     fn beside(&mut self, insn: u32, address: u32, value: u32) -> Result<u32, (u32, u32)> {
-        if self.read32(STUB) != insn {
-            self.write32(STUB, insn);
-        }
         let saved = *self.hart();
-        let h = self.hart();
-        h.pc = STUB;
-        h.x[5] = address;
-        h.x[6] = value;
-        (h.mode, h.satp, h.sstatus, h.sie, h.waiting) = (MODE_S, 0, 0, 0, 0);
-        let result = self.slice(1);
-        assert_eq!(result.steps, 1);
+        loop {
+            if self.read32(STUB) != insn {
+                self.write32(STUB, insn);
+            }
+            let h = self.hart();
+            h.pc = STUB;
+            h.x[5] = address;
+            h.x[6] = value;
+            (h.mode, h.satp, h.sstatus, h.sie, h.waiting) = (MODE_S, 0, 0, 0, 0);
+            let result = self.slice(1);
+            assert_eq!(result.steps, 1);
+            // a hostile test's device may have written over it
+            if self.read32(STUB) == insn {
+                break;
+            }
+        }
         let h = self.hart();
         let outcome = if h.pc == STUB + 4 { Ok(h.x[6]) } else { Err((h.scause, h.stval)) };
         let sip = h.sip;
