@@ -69,15 +69,15 @@ FN u32 warp_load(Vm *vm) {
     return warp_lane() == 0 ? 0 : *(volatile u32 *)&vm->hart.x[warp_lane()];
 }
 
+FN const u32 *code_words(Pool *pool, u32 page) {
+    u32 frame = ((const u32 *)(uintptr_t)pool->code_frame_ptr)[page];
+    return (const u32 *)(uintptr_t)(pool->base_ptr + (u64)frame * FRAME_BYTES);
+}
+
 // One instruction through memory, by lane 0. The registers are in hart.x before and after.
-SLOW WarpEvents warp_step(WarpPlace at, u64 word) {
+SLOW WarpEvents warp_step(WarpPlace at, u32 page, u32 index) {
     Machine m = machine_at(at);
-    if (warp_lane() == 0) {
-        Uop u;
-        u.op = (u8)word, u.rd = (u8)(word >> 8), u.rs1 = (u8)(word >> 16), u.rs2 = (u8)(word >> 24);
-        u.imm = (u32)(word >> 32);
-        step(m, u);
-    }
+    if (warp_lane() == 0) step(m, decode(code_words(at.pool, page)[index], 4 * index));
     __syncwarp();
     return from_lane_0(m, 0);
 }
@@ -122,17 +122,106 @@ SLOW WarpEvents warp_resolve(WarpPlace at, u32 pc, u64 steps) {
     return from_lane_0(m, page);
 }
 
-// Decodes the line of 32 instructions that `index` is in; each lane one.
+// The engine's own form of a micro-op, made so that whole classes run without a branch:
+//   bits 2:0   class, 0: not decoded yet
+//   bits 7:3   which operation of the class
+//   bits 15:8  rd, 32 for none      bits 20:16 rs1      bits 28:24 rs2      bits 63:32 immediate
+// The second operand of an ALU operation is x[rs2] + imm: one of the two is zero.
+enum WarpClass : u32 { W_DECODE, W_ALU, W_LOAD, W_STORE, W_JUMP, W_MULTIPLY, W_FENCE, W_SLOW };
+
+// In the order in which warp_alu tells them apart.
+enum WarpAlu : u32 { A_ADD, A_SUB, A_AUIPC, A_AND, A_OR, A_XOR, A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA };
+
+FN u64 warp_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
+    return (u64)(kind | detail << 3 | rd << 8 | rs1 << 16 | rs2 << 24) | (u64)imm << 32;
+}
+
+FN u64 warp_encode(Uop u) {
+    u32 op = u.op;
+    switch (op) {
+#define ALU(name, detail)                                                                                    \
+    case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, u.rs2, 0);                                  \
+        #define ALU_IMM(name, detail)                                                                        \
+    case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, 0, u.imm);
+        ALU(ADD, A_ADD)
+        ALU(SUB, A_SUB)
+        ALU(AND, A_AND)
+        ALU(OR, A_OR)
+        ALU(XOR, A_XOR)
+        ALU(SLT, A_SLT)
+        ALU(SLTU, A_SLTU)
+        ALU(SLL, A_SLL)
+        ALU(SRL, A_SRL)
+        ALU(SRA, A_SRA)
+        ALU_IMM(ADDI, A_ADD)
+        ALU_IMM(ANDI, A_AND)
+        ALU_IMM(ORI, A_OR)
+        ALU_IMM(XORI, A_XOR)
+        ALU_IMM(SLTI, A_SLT)
+        ALU_IMM(SLTIU, A_SLTU)
+        ALU_IMM(SLLI, A_SLL)
+        ALU_IMM(SRLI, A_SRL)
+        ALU_IMM(SRAI, A_SRA)
+        ALU_IMM(LI, A_ADD)
+        ALU_IMM(AUIPC, A_AUIPC)
+#undef ALU
+#undef ALU_IMM
+    case OP_LB:
+        return warp_word(W_LOAD, 0 | 4, u.rd, u.rs1, 0, u.imm); // bits 1:0 log2 of the size, bit 2 signed
+    case OP_LH: return warp_word(W_LOAD, 1 | 4, u.rd, u.rs1, 0, u.imm);
+    case OP_LW: return warp_word(W_LOAD, 2, u.rd, u.rs1, 0, u.imm);
+    case OP_LBU: return warp_word(W_LOAD, 0, u.rd, u.rs1, 0, u.imm);
+    case OP_LHU: return warp_word(W_LOAD, 1, u.rd, u.rs1, 0, u.imm);
+    case OP_SB: return warp_word(W_STORE, 0, SINK, u.rs1, u.rs2, u.imm);
+    case OP_SH: return warp_word(W_STORE, 1, SINK, u.rs1, u.rs2, u.imm);
+    case OP_SW:
+        return warp_word(W_STORE, 2, SINK, u.rs1, u.rs2, u.imm);
+        // bits 2:0 as funct3 of branches; 8: JAL, 16: JALR
+#define BRANCH(name, funct3)                                                                                 \
+    case OP_##name:                                                                                          \
+    case OP_##name##_FAR: return warp_word(W_JUMP, funct3, SINK, u.rs1, u.rs2, u.imm);
+        BRANCH(BEQ, 0)
+        BRANCH(BNE, 1)
+        BRANCH(BLT, 4)
+        BRANCH(BGE, 5)
+        BRANCH(BLTU, 6)
+        BRANCH(BGEU, 7)
+#undef BRANCH
+    case OP_JAL:
+    case OP_JAL_FAR: return warp_word(W_JUMP, 8, u.rd, 0, 0, u.imm);
+    case OP_JALR: return warp_word(W_JUMP, 16, u.rd, u.rs1, 0, u.imm);
+    case OP_FENCE:
+    case OP_FENCE_I: return warp_word(W_FENCE, 0, SINK, 0, 0, 0);
+    default: break;
+    }
+    if (op >= OP_MUL && op <= OP_REMU) return warp_word(W_MULTIPLY, op - OP_MUL, u.rd, u.rs1, u.rs2, 0);
+    return warp_word(W_SLOW, 0, SINK, 0, 0, 0);
+}
+
+FN u32 warp_alu(u32 kind, u32 a, u32 b, u32 page) {
+    u32 negate = kind == A_SUB ? ~0u : 0;
+    u32 base = kind == A_AUIPC ? page : a;
+    u32 sum = base + (b ^ negate) - negate;
+    u32 logic = (kind == A_XOR ? 0 : a & b) | (kind == A_AND ? 0 : a ^ b);
+    u32 fill = kind == A_SRA ? (u32)((i32)a >> 31) : 0;
+    u32 right = __funnelshift_r(a, fill, b);
+    u32 shift = kind == A_SLL ? a << (b & 31) : right;
+    bool less = kind == A_SLT ? (i32)a < (i32)b : a < b;
+    u32 low = kind <= A_AUIPC ? sum : logic;
+    u32 high = kind <= A_SLTU ? (u32)less : shift;
+    return kind <= A_XOR ? low : high;
+}
+
+// Decodes the line of 32 instructions that `index` is in; each lane one. Other warps may do the same at the
+// same time: they write the same words.
 SLOW void warp_decode(WarpPlace place, u32 page, u32 index) {
-    Pool *pool = place.pool;
-    u64 *ops = (u64 *)(uintptr_t)(pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
+    u64 *ops = (u64 *)(uintptr_t)(place.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
     u32 at = (index & ~31u) + warp_lane();
-    u32 frame = ((const u32 *)(uintptr_t)pool->code_frame_ptr)[page];
-    const u32 *words = (const u32 *)(uintptr_t)(pool->base_ptr + (u64)frame * FRAME_BYTES);
-    Uop u = decode(words[at], 4 * at);
-    ops[at] = (u64)u.op | (u64)u.rd << 8 | (u64)u.rs1 << 16 | (u64)u.rs2 << 24 | (u64)u.imm << 32;
+    ops[at] = warp_encode(decode(code_words(place.pool, page)[at], 4 * at));
     __syncwarp();
 }
+
+FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
 
 // Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
 // then true.
@@ -140,136 +229,131 @@ FN u32 warp_run(WarpPlace place, WarpTlb &tlb, u64 limit) {
     Vm *vm = place.vm;
     u8 *frames = (u8 *)(uintptr_t)place.pool->base_ptr;
     u64 code = place.pool->code_ptr;
+    u32 lane = warp_lane();
     u32 x = warp_load(vm);
-    u32 pc = *(volatile u32 *)&vm->hart.pc, mode = mode_key(vm->hart);
+    u32 pc = *(volatile u32 *)&vm->hart.pc, mode = mode_key(vm->hart) << 2;
     u32 left = (u32)(limit - *(volatile u64 *)&vm->hart.steps); // slices are far shorter than 2^32
     const u64 *ops = 0;
     u32 page = 0, events;
-    bool resolve = true;
+    u64 word;
     for (;;) {
-        if (left == 0) {
-            warp_save(vm, x, pc, limit);
-            return 0;
+        u32 slot = pc >> 12 & 31;
+        u32 tag = __shfl_sync(ALL_LANES, tlb.fetch_tag, slot);
+        page = __shfl_sync(ALL_LANES, tlb.fetch_code, slot);
+        if (tag != PAGE_OF(pc) + mode) {
+            WarpEvents e = warp_resolve(place, pc, limit - left);
+            events = warp_forget(tlb, e);
+            page = e.value;
+            if (page == NO_FRAME) {
+                vm->hart.x[lane] = x;
+                __syncwarp();
+                return events;
+            }
+            if (lane == slot) tlb.fetch_tag = PAGE_OF(pc) + mode, tlb.fetch_code = page;
         }
-        if (resolve) {
-            u32 slot = pc >> 12 & 31;
-            u32 tag = __shfl_sync(ALL_LANES, tlb.fetch_tag, slot);
-            page = __shfl_sync(ALL_LANES, tlb.fetch_code, slot);
-            if (tag != (PAGE_OF(pc) | mode)) {
-                WarpEvents e = warp_resolve(place, pc, limit - left);
-                events = warp_forget(tlb, e);
-                page = e.value;
-                if (page == NO_FRAME) {
-                    vm->hart.x[warp_lane()] = x;
-                    __syncwarp();
-                    return events;
+        ops = (const u64 *)(uintptr_t)(code + (u64)page * CODE_PAGE_BYTES);
+        word = ops[pc >> 2 & 1023];
+        for (;;) {
+            // `word` is the micro-op at pc; the one behind it is on its way while this one runs.
+            u64 following = ops[(pc >> 2 & 1023) + 1];
+            u32 low = (u32)word, imm = (u32)(word >> 32);
+            u32 kind = low & 7, detail = low >> 3 & 31, rd = low >> 8 & 0xff;
+            u32 a = __shfl_sync(ALL_LANES, x, low >> 16 & 31);
+            u32 b = __shfl_sync(ALL_LANES, x, low >> 24 & 31);
+            u32 next = pc + 4, value = 0;
+            // Another warp may decode this line just now, and lanes could see it before and after.
+            if (UNLIKELY(__any_sync(ALL_LANES, kind == W_DECODE))) {
+                warp_decode(place, page, pc >> 2 & 1023);
+                word = *(volatile const u64 *)&ops[pc >> 2 & 1023];
+                continue;
+            }
+            if (kind == W_ALU) {
+                value = warp_alu(detail, a, b + imm, PAGE_OF(pc));
+            } else if (kind <= W_STORE) {
+                u32 va = a + imm, slot = va >> 12 & 31, size = detail & 3;
+                u32 key = (va & (~(FRAME_BYTES - 1) | alignment(size))) + mode;
+                bool load = kind == W_LOAD;
+                u32 tag = __shfl_sync(ALL_LANES, load ? tlb.read_tag : tlb.write_tag, slot);
+                u32 frame = __shfl_sync(ALL_LANES, load ? tlb.read_frame : tlb.write_frame, slot);
+                if (UNLIKELY(tag != key)) {
+                    if (va & alignment(size)) goto slow;
+                    WarpEvents e = warp_fill(place, va, load ? ACCESS_LOAD : ACCESS_STORE, pc, limit - left);
+                    warp_forget(tlb, e);
+                    frame = e.value;
+                    if (frame == NO_FRAME) goto slow;
+                    if (lane == slot) {
+                        if (load)
+                            tlb.read_tag = key, tlb.read_frame = frame;
+                        else
+                            tlb.write_tag = key, tlb.write_frame = frame;
+                    }
                 }
-                if (warp_lane() == slot) tlb.fetch_tag = PAGE_OF(pc) | mode, tlb.fetch_code = page;
+                u8 *host = frames + ((u64)frame * FRAME_BYTES + (va & (FRAME_BYTES - 1)));
+                if (load) {
+                    u32 shift = 32 - (8u << size);
+                    value = *(const u32 *)(uintptr_t)((uintptr_t)host & ~(uintptr_t)3);
+                    value = value >> (8 * (va & 3)) << shift;
+                    value = detail & 4 ? (u32)((i32)value >> shift) : value >> shift;
+                } else {
+                    // All lanes store the same value to the same place, so each lane sees it in its own later
+                    // loads.
+                    if (size == 2)
+                        *(u32 *)host = b;
+                    else if (size == 1)
+                        *(u16 *)host = (u16)b;
+                    else
+                        *host = (u8)b;
+                }
+            } else if (kind == W_JUMP) {
+                bool below = detail & 2 ? a < b : (i32)a < (i32)b;
+                bool condition = ((detail & 4 ? below : a == b) ? 1 : 0) != (detail & 1);
+                value = next;
+                if (detail >= 8 || condition) next = detail & 16 ? (a + imm) & ~1u : pc + imm;
+                if (UNLIKELY(next & 3)) goto slow;
+                if (lane == rd) x = value;
+                left--;
+                bool same_page = PAGE_OF(next) == PAGE_OF(pc);
+                bool straight = next == pc + 4;
+                pc = next;
+                if (UNLIKELY(left == 0)) goto done;
+                if (!same_page) break;
+                word = straight ? following : ops[pc >> 2 & 1023];
+                continue;
+            } else if (kind == W_MULTIPLY) {
+                switch (detail) {
+                case 0: value = alu<OP_MUL>(a, b); break;
+                case 1: value = alu<OP_MULH>(a, b); break;
+                case 2: value = alu<OP_MULHSU>(a, b); break;
+                case 3: value = alu<OP_MULHU>(a, b); break;
+                case 4: value = alu<OP_DIV>(a, b); break;
+                case 5: value = alu<OP_DIVU>(a, b); break;
+                case 6: value = alu<OP_REM>(a, b); break;
+                default: value = alu<OP_REMU>(a, b); break;
+                }
+            } else if (kind == W_SLOW) {
+                goto slow;
             }
-            ops = (const u64 *)(uintptr_t)(code + (u64)page * CODE_PAGE_BYTES);
-            resolve = false;
-        }
-        u64 word = ops[pc >> 2 & 1023];
-        u32 low = (u32)word, imm = (u32)(word >> 32);
-        u32 op = low & 0xff, rd = low >> 8 & 0xff;
-        u32 a = __shfl_sync(ALL_LANES, x, low >> 16 & 31);
-        u32 b = __shfl_sync(ALL_LANES, x, low >> 24 & 31);
-        u32 next = pc + 4, value = 0;
-        switch (op) {
-        case OP_DECODE: warp_decode(place, page, pc >> 2 & 1023); continue;
-#define X(name)                                                                                              \
-    case OP_##name: value = alu<OP_##name>(a, b); break;
-            ALU_OPS(X)
-#undef X
-#define X(name)                                                                                              \
-    case OP_##name: value = alu<OP_##name>(a, imm); break;
-            ALU_IMM_OPS(X)
-#undef X
-        case OP_LI: value = imm; break;
-        case OP_AUIPC: value = PAGE_OF(pc) + imm; break;
-        case OP_LB:
-        case OP_LH:
-        case OP_LW:
-        case OP_LBU:
-        case OP_LHU: {
-            u32 va = a + imm, slot = va >> 12 & 31;
-            u32 size = op == OP_LW ? 4 : op == OP_LH || op == OP_LHU ? 2 : 1;
-            u32 tag = __shfl_sync(ALL_LANES, tlb.read_tag, slot);
-            u32 frame = __shfl_sync(ALL_LANES, tlb.read_frame, slot);
-            if (UNLIKELY(((tag ^ va) & ~(FRAME_BYTES - 1)) || (tag & 3) != mode || (va & (size - 1)))) {
-                if (va & (size - 1)) goto slow;
-                WarpEvents e = warp_fill(place, va, ACCESS_LOAD, pc, limit - left);
-                warp_forget(tlb, e);
-                if (e.value == NO_FRAME) goto slow;
-                frame = e.value;
-                if (warp_lane() == slot) tlb.read_tag = PAGE_OF(va) | mode, tlb.read_frame = frame;
-            }
-            const u8 *host = frames + (u64)frame * FRAME_BYTES + (va & (FRAME_BYTES - 1));
-            value = size == 4 ? *(const u32 *)host : size == 2 ? *(const u16 *)host : *host;
-            if (op == OP_LB) value = extend<OP_LB>(value);
-            if (op == OP_LH) value = extend<OP_LH>(value);
+            if (lane == rd) x = value; // rd is the sink where there is nothing to write
+            left--;
+            pc = next;
+            word = following;
+            if (UNLIKELY(left == 0)) goto done;
+            if (LIKELY(pc & (FRAME_BYTES - 1))) continue;
+            break;
+        slow:
+            warp_save(vm, x, pc, limit - left);
+            events = warp_forget(tlb, warp_step(place, page, pc >> 2 & 1023));
+            if (events) return events;
+            x = warp_load(vm);
+            pc = *(volatile u32 *)&vm->hart.pc;
+            left--;
+            if (left == 0) goto done;
             break;
         }
-        case OP_SB:
-        case OP_SH:
-        case OP_SW: {
-            u32 va = a + imm, slot = va >> 12 & 31;
-            u32 size = op == OP_SW ? 4 : op == OP_SH ? 2 : 1;
-            u32 tag = __shfl_sync(ALL_LANES, tlb.write_tag, slot);
-            u32 frame = __shfl_sync(ALL_LANES, tlb.write_frame, slot);
-            if (UNLIKELY(((tag ^ va) & ~(FRAME_BYTES - 1)) || (tag & 3) != mode || (va & (size - 1)))) {
-                if (va & (size - 1)) goto slow;
-                WarpEvents e = warp_fill(place, va, ACCESS_STORE, pc, limit - left);
-                warp_forget(tlb, e);
-                if (e.value == NO_FRAME) goto slow;
-                frame = e.value;
-                if (warp_lane() == slot) tlb.write_tag = PAGE_OF(va) | mode, tlb.write_frame = frame;
-            }
-            u8 *host = frames + (u64)frame * FRAME_BYTES + (va & (FRAME_BYTES - 1));
-            // All lanes store the same value to the same place, so each lane sees it in its own later loads.
-            if (size == 4)
-                *(u32 *)host = b;
-            else if (size == 2)
-                *(u16 *)host = (u16)b;
-            else
-                *host = (u8)b;
-            break;
-        }
-#define X(name)                                                                                              \
-    case OP_##name:                                                                                          \
-    case OP_##name##_FAR:                                                                                    \
-        if (branch_taken<OP_##name>(a, b)) next = pc + imm;                                                  \
-        break;
-            BRANCH_OPS(X)
-#undef X
-        case OP_JAL:
-        case OP_JAL_FAR:
-            value = next;
-            next = pc + imm;
-            break;
-        case OP_JALR:
-            value = next;
-            next = (a + imm) & ~1u;
-            break;
-        case OP_FENCE:
-        case OP_FENCE_I: break;
-        default: goto slow;
-        }
-        if (UNLIKELY(next & 3)) goto slow;
-        if (warp_lane() == rd) x = value; // stores and branches have the sink as rd
-        resolve = PAGE_OF(next) != PAGE_OF(pc);
-        pc = next;
-        left--;
-        continue;
-    slow:
-        warp_save(vm, x, pc, limit - left);
-        events = warp_forget(tlb, warp_step(place, word));
-        if (events) return events;
-        x = warp_load(vm);
-        pc = *(volatile u32 *)&vm->hart.pc;
-        left--;
-        resolve = true;
     }
+done:
+    warp_save(vm, x, pc, limit);
+    return 0;
 }
 
 SLOW WarpEvents warp_begin(WarpPlace at, const SliceRequest *request) {

@@ -1,5 +1,6 @@
 //! The emulator's command line.
 
+pub mod bench;
 pub mod console;
 pub mod fleet;
 pub mod live;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use emulator::backend::cuda::Gpus;
 use emulator::console::place::{self, Place};
 use emulator::fleet::capacity::parse_size;
 
@@ -27,6 +29,8 @@ pub struct Cli {
 pub enum Command {
     /// Boot a fleet and serve it until Ctrl-C.
     Fleet(FleetArgs),
+    /// Boot fleets of several sizes, one after the other, and measure.
+    Bench(BenchArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
@@ -48,9 +52,9 @@ pub struct FleetArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub ram: Option<u64>,
 
-    /// Where the VMs run; auto takes a GPU if there is one.
-    #[arg(long, value_enum, default_value_t = Backend::Auto)]
-    pub backend: Backend,
+    /// Where the VMs run.
+    #[command(flatten)]
+    pub machine: MachineArgs,
 
     /// How the VMs' network reaches the host: TCP to 127.0.0.1, or not at all.
     #[arg(long, value_enum, default_value_t = NetMode::User)]
@@ -63,10 +67,6 @@ pub struct FleetArgs {
     /// Guest time after the boot: with the wall clock, or with executed instructions, jumping over idle times.
     #[arg(long, value_enum, default_value_t = Time::Real)]
     pub time: Time,
-
-    /// CPU threads that run VMs [default: one per core].
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub threads: Option<u32>,
 
     /// End with status 0 when all VMs are ready, when all have answered GET / with 200, or after so many seconds
     /// [default: serve until Ctrl-C].
@@ -81,10 +81,6 @@ pub struct FleetArgs {
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 
-    /// Make boots repeatable: the guests' randomness comes from this number, and their clocks start at a fixed date.
-    #[arg(long, value_name = "NUMBER")]
-    pub seed: Option<u64>,
-
     /// Folder for control socket and console logs [default: $XDG_RUNTIME_DIR/linux-on-gpu, or one in the temporary
     /// folder].
     #[arg(long, value_name = "DIR")]
@@ -93,6 +89,87 @@ pub struct FleetArgs {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Where the VMs run, and how.
+#[derive(Clone, Debug, Args)]
+pub struct MachineArgs {
+    /// Where the VMs run; auto takes a GPU if there is one.
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub backend: Backend,
+
+    /// CPU threads that run VMs [default: one per core].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+
+    /// GPUs that share the fleet, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "0")]
+    pub gpus: Gpus,
+
+    /// Make boots repeatable: the guests' randomness comes from this number, and their clocks start at a fixed date.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+
+    /// Launch queues of each GPU: while one runs, the host serves the VMs of another.
+    #[arg(long, value_name = "K", default_value_t = 2, help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub gpu_queues: u32,
+
+    /// How long a launch is to take.
+    #[arg(long, value_name = "MS", default_value_t = 8, help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub gpu_slice: u32,
+
+    /// Registers of each GPU thread [default: by the fleet's size].
+    #[arg(long, value_name = "K", help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(32..=255))]
+    pub gpu_registers: Option<u32>,
+
+    /// Warps in each block [default: by the fleet's size].
+    #[arg(long, value_name = "K", help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub gpu_warps: Option<u32>,
+}
+
+/// `emulator bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Sizes of the fleets.
+    #[arg(long, value_name = "N,N...", value_delimiter = ',', default_value = "1,64,256,1024",
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: Vec<u32>,
+
+    /// RAM of each VM, as in 16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ram: Option<u64>,
+
+    /// Where the VMs run.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// Runs of each size; medians are shown.
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+
+    /// After the boot, keep every VM's shell busy for so many seconds and measure; 0: don't.
+    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    pub steady: f64,
+
+    /// Give up on a boot after so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub timeout: f64,
+
+    /// Write the figures as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// The commit that is measured, for the JSON.
+    #[arg(long, value_name = "HASH")]
+    pub commit: Option<String>,
 }
 
 /// Which fleet is meant.

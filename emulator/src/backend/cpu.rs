@@ -6,10 +6,11 @@ use std::sync::atomic::{
     Ordering::{AcqRel, Acquire, Relaxed},
 };
 
+use super::start::{self, Identity};
 use super::{Engine, EngineError, Machines, MemoryUse, Slice};
 use crate::abi::{
-    CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, FRAME_MASK, FRAME_PRIVATE, MAC_PREFIX, Mailbox, Pool,
-    SliceRequest, SliceResult, Vm,
+    CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, FRAME_MASK, FRAME_PRIVATE, Mailbox, Pool, SliceRequest,
+    SliceResult, Vm,
 };
 use crate::mailbox::MailboxRef;
 use crate::memory::map::Mapping;
@@ -240,41 +241,18 @@ impl Inner {
 
     /// State before the first instruction; frames of the VM's own must have been given back.
     fn start(&self, vm: u32) -> Result<(), Error> {
-        let mut key = [0u64; 2];
-        match self.config.seed {
-            Some(seed) => key = [seed, u64::from(vm)],
-            None => {
-                let mut bytes = [0u8; 16];
-                getrandom::fill(&mut bytes).map_err(|error| Error::Entropy(error.into()))?;
-                for (word, chunk) in key.iter_mut().zip(bytes.chunks_exact(8)) {
-                    *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
-                }
-            }
-        }
+        let keys = start::entropy_keys(self.config.seed, vm..vm + 1).map_err(Error::Entropy)?;
         let boot = &self.config.boot;
         let at = self.vm(vm);
-        // SAFETY: the VM and its table are in bounds, all-zero is a valid `Vm`, and no engine has the VM.
+        // SAFETY: the VM and its table are in bounds, and no engine has the VM.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 self.shared.table.as_ptr(),
                 self.table(vm),
                 self.shared.table.len(),
             );
-            at.write_bytes(0, 1);
-            let vm_state = &mut *at;
-            vm_state.number = vm;
-            vm_state.ram.table_ptr = self.table(vm) as u64;
-            vm_state.ram.pages = self.shared.table.len() as u32;
-            vm_state.hart.mode = 1;
-            vm_state.hart.pc = boot.entry;
-            vm_state.hart.x[11] = boot.dtb_address;
-            vm_state.hart.reservation = u32::MAX;
-            vm_state.hart.stimecmp = u64::MAX;
-            vm_state.hart.entropy_key = key;
-            vm_state.net.mac[..3].copy_from_slice(&MAC_PREFIX);
-            vm_state.net.mac[3..].copy_from_slice(&vm.to_be_bytes()[1..]);
-            vm_state.net.mtu = 1500;
-            vm_state.rtc.epoch_ns = self.config.epoch_ns;
+            let identity = Identity { number: vm, index: vm, table: self.table(vm) as u64, key: keys[0] };
+            at.write(start::vm(boot, self.shared.table.len() as u32, self.config.epoch_ns, identity));
         }
         self.private_frames[vm as usize].store(0, Relaxed);
         self.code_pages[vm as usize].store(0, Relaxed);

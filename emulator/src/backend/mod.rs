@@ -1,7 +1,11 @@
 //! What a back end offers to the fleet. The fleet knows no more of a machine than this.
 
 pub mod cpu;
+pub mod cuda;
 pub mod nvrtc;
+pub mod start;
+
+use std::ops::Range;
 
 use crate::abi::{SliceRequest, SliceResult};
 use crate::mailbox::MailboxRef;
@@ -19,6 +23,16 @@ pub struct Slice {
 pub trait Engine: Send {
     /// The most slices that one call of [`Engine::run`] takes: 1 on a core, the whole fleet on a GPU.
     fn batch(&self) -> usize;
+
+    /// Which of [`Machines::parts`] it runs.
+    fn part(&self) -> usize {
+        0
+    }
+
+    /// Instructions that each slice of the next call had better have, if the engine knows better than the fleet.
+    fn budget(&self) -> Option<u64> {
+        None
+    }
 
     /// Runs the slices, each of another VM, and appends one result per slice, in order.
     ///
@@ -50,6 +64,10 @@ pub trait Machines: Send + Sync {
     fn engine(&self) -> String;
     /// Number of VMs; they are numbered from 0.
     fn vms(&self) -> u32;
+    /// The VMs that the same engines run, in order and without gaps: one part for each device.
+    fn parts(&self) -> Vec<Range<u32>> {
+        std::iter::once(0..self.vms()).collect()
+    }
     /// One engine for each worker. Called once.
     fn engines(&self) -> Result<Vec<Box<dyn Engine>>, EngineError>;
     /// The mailbox of a VM.

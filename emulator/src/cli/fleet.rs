@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use emulator::backend::Machines;
 use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
@@ -20,6 +21,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::live::Live;
+use super::machines::Opened;
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
 
@@ -113,7 +115,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             Some(UserBridge::bind(BridgeConfig::new(args.port_base, args.vms)).into_diagnostic()?)
         }
     };
-    let fleet = Arc::new(make_fleet(args, started, &claim, image)?);
+    let Opened { machines, choice, notes, .. } =
+        machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
+    let fleet = Arc::new(make_fleet(args, started, &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -134,7 +138,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     fleet.start().into_diagnostic()?;
     if !args.quiet {
-        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), machines::choice(args));
+        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), choice);
+        for note in notes {
+            println!("{note}");
+        }
         print_urls(args);
         println!("Console logs: {}", claim.place.console().display());
     }
@@ -177,8 +184,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     Ok(ExitCode::SUCCESS)
 }
 
-fn make_fleet(args: &FleetArgs, started: Instant, claim: &Claim, image: GuestImage) -> Result<Fleet> {
-    let machines = machines::open(args, image, |text| tracing::warn!("{text}"))?;
+fn make_fleet(
+    args: &FleetArgs,
+    started: Instant,
+    claim: &Claim,
+    machines: Arc<dyn Machines>,
+) -> Result<Fleet> {
     let folder = claim.place.console();
     let logs = Logs::create(&folder, LogLimits::default())
         .into_diagnostic()

@@ -138,9 +138,9 @@ impl Fleet {
     pub fn new(machines: Arc<dyn Machines>, config: FleetConfig, logs: Option<Logs>) -> Self {
         let vms = machines.vms();
         let shared = Shared {
+            sched: Scheduler::new(&machines.parts()),
             machines,
             config,
-            sched: Scheduler::new(vms),
             vms: (0..vms).map(|_| vm::Vm::new()).collect(),
             logs,
             dirty: Mutex::default(),

@@ -4,6 +4,7 @@
 //! end of that slice turns it into another turn, so nothing is lost between "the guest went idle" and "the VM sleeps".
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
@@ -61,15 +62,92 @@ struct Inner {
     stopping: bool,
 }
 
-/// The run queue of a fleet.
+/// The run queues of a fleet: one for the VMs of each part of the machines, whose engines run no others.
 pub struct Scheduler {
+    /// Each with the number of its first VM; within, VMs are numbered from 0.
+    queues: Vec<(u32, Queue)>,
+}
+
+impl Scheduler {
+    /// A scheduler of VMs that are all runnable. `parts` follow each other from VM 0 on.
+    pub fn new(parts: &[Range<u32>]) -> Self {
+        Self { queues: parts.iter().map(|part| (part.start, Queue::new(part.len() as u32))).collect() }
+    }
+
+    fn queue(&self, vm: u32) -> (&Queue, u32) {
+        let (first, queue) = &self.queues[self.queues.partition_point(|(first, _)| *first <= vm) - 1];
+        (queue, vm - first)
+    }
+
+    /// Waits until VMs of a part are runnable and takes up to `max` of them; false when the fleet stops.
+    pub fn take(&self, part: usize, max: usize, turns: &mut Vec<Turn>) -> bool {
+        let (first, queue) = &self.queues[part];
+        turns.clear();
+        let goes_on = queue.take(max, turns);
+        for turn in turns {
+            turn.vm += first;
+        }
+        goes_on
+    }
+
+    /// Something came for the VM: it becomes runnable, or stays so for one more slice.
+    pub fn wake(&self, vm: u32) {
+        let (queue, vm) = self.queue(vm);
+        queue.wake(vm);
+    }
+
+    /// The VM's slice ended in idleness: it sleeps until `deadline` or a wake-up, unless one has come meanwhile.
+    pub fn park(&self, vm: u32, deadline: Option<Instant>) {
+        let (queue, vm) = self.queue(vm);
+        queue.park(vm, deadline);
+    }
+
+    /// The VM's slice ended with work left.
+    pub fn requeue(&self, vm: u32, bulk: bool) {
+        let (queue, vm) = self.queue(vm);
+        queue.requeue(vm, bulk);
+    }
+
+    /// The VM never runs again. Only for a VM that is running, or in the tests.
+    pub fn retire(&self, vm: u32) {
+        let (queue, vm) = self.queue(vm);
+        queue.retire(vm);
+    }
+
+    /// Keeps the VM from running; a slice under way is finished first.
+    pub fn pause(&self, vm: u32) {
+        let (queue, vm) = self.queue(vm);
+        queue.pause(vm);
+    }
+
+    /// Lets a paused VM go on.
+    pub fn resume(&self, vm: u32) {
+        let (queue, vm) = self.queue(vm);
+        queue.resume(vm);
+    }
+
+    /// What the VM is doing.
+    pub fn activity(&self, vm: u32) -> Activity {
+        let (queue, vm) = self.queue(vm);
+        queue.activity(vm)
+    }
+
+    /// Ends every [`Scheduler::take`], now and later.
+    pub fn stop(&self) {
+        for (_, queue) in &self.queues {
+            queue.stop();
+        }
+    }
+}
+
+/// The run queue of one part.
+struct Queue {
     inner: Mutex<Inner>,
     work: Condvar,
 }
 
-impl Scheduler {
-    /// A scheduler of `vms` VMs, all runnable.
-    pub fn new(vms: u32) -> Self {
+impl Queue {
+    fn new(vms: u32) -> Self {
         let entry =
             Entry { activity: Activity::Queued, bulk: true, pending: false, paused: false, deadline: None };
         Self {
@@ -87,8 +165,7 @@ impl Scheduler {
         }
     }
 
-    /// Waits until VMs are runnable and takes up to `max` of them; false when the fleet stops.
-    pub fn take(&self, max: usize, turns: &mut Vec<Turn>) -> bool {
+    fn take(&self, max: usize, turns: &mut Vec<Turn>) -> bool {
         let mut inner = lock(&self.inner);
         loop {
             if inner.stopping {
@@ -120,16 +197,14 @@ impl Scheduler {
         }
     }
 
-    /// Something came for the VM: it becomes runnable, or stays so for one more slice.
-    pub fn wake(&self, vm: u32) {
+    fn wake(&self, vm: u32) {
         let mut inner = lock(&self.inner);
         if inner.wake(vm) && inner.idle > 0 {
             self.work.notify_one();
         }
     }
 
-    /// The VM's slice ended in idleness: it sleeps until `deadline` or a wake-up, unless one has come meanwhile.
-    pub fn park(&self, vm: u32, deadline: Option<Instant>) {
+    fn park(&self, vm: u32, deadline: Option<Instant>) {
         let mut inner = lock(&self.inner);
         let entry = &mut inner.vms[vm as usize];
         debug_assert_eq!(entry.activity, Activity::Running);
@@ -141,27 +216,23 @@ impl Scheduler {
         }
     }
 
-    /// The VM's slice ended with work left.
-    pub fn requeue(&self, vm: u32, bulk: bool) {
+    fn requeue(&self, vm: u32, bulk: bool) {
         let mut inner = lock(&self.inner);
         inner.vms[vm as usize].pending = false;
         inner.enqueue(vm, bulk);
     }
 
-    /// The VM never runs again. Only for a VM that is running, or in the tests.
-    pub fn retire(&self, vm: u32) {
+    fn retire(&self, vm: u32) {
         let mut inner = lock(&self.inner);
         inner.set_timer(vm, None);
         inner.vms[vm as usize].activity = Activity::Down;
     }
 
-    /// Keeps the VM from running; a slice under way is finished first.
-    pub fn pause(&self, vm: u32) {
+    fn pause(&self, vm: u32) {
         lock(&self.inner).vms[vm as usize].paused = true;
     }
 
-    /// Lets a paused VM go on.
-    pub fn resume(&self, vm: u32) {
+    fn resume(&self, vm: u32) {
         let mut inner = lock(&self.inner);
         let entry = &mut inner.vms[vm as usize];
         entry.paused = false;
@@ -173,8 +244,7 @@ impl Scheduler {
         }
     }
 
-    /// What the VM is doing.
-    pub fn activity(&self, vm: u32) -> Activity {
+    fn activity(&self, vm: u32) -> Activity {
         let inner = lock(&self.inner);
         let entry = &inner.vms[vm as usize];
         match entry.activity {
@@ -183,8 +253,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends every [`Scheduler::take`], now and later.
-    pub fn stop(&self) {
+    fn stop(&self) {
         lock(&self.inner).stopping = true;
         self.work.notify_all();
     }
@@ -279,15 +348,19 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
     use std::time::Duration;
 
+    fn whole(vms: u32) -> Scheduler {
+        Scheduler::new(std::slice::from_ref(&(0..vms)))
+    }
+
     fn next(s: &Scheduler) -> u32 {
         let mut turns = Vec::new();
-        assert!(s.take(1, &mut turns));
+        assert!(s.take(0, 1, &mut turns));
         turns[0].vm
     }
 
     #[test]
     fn runs_in_order_and_skips_sleepers() {
-        let s = Scheduler::new(3);
+        let s = whole(3);
         assert_eq!([next(&s), next(&s)], [0, 1]);
         s.requeue(0, true);
         s.park(1, None);
@@ -297,8 +370,27 @@ mod tests {
     }
 
     #[test]
+    fn parts_keep_to_themselves() {
+        let s = Scheduler::new(&[0..2, 2..5]);
+        let mut turns = Vec::new();
+        assert!(s.take(1, 9, &mut turns));
+        assert_eq!(turns.iter().map(|turn| turn.vm).collect::<Vec<_>>(), [2, 3, 4]);
+        assert_eq!(s.activity(1), Activity::Queued);
+        for vm in 2..5 {
+            s.park(vm, None);
+        }
+        s.wake(3);
+        assert!(s.take(0, 9, &mut turns));
+        assert_eq!(turns.iter().map(|turn| turn.vm).collect::<Vec<_>>(), [0, 1]);
+        assert!(s.take(1, 9, &mut turns));
+        assert_eq!(turns.iter().map(|turn| turn.vm).collect::<Vec<_>>(), [3]);
+        s.stop();
+        assert!(!s.take(0, 1, &mut turns) && !s.take(1, 1, &mut turns));
+    }
+
+    #[test]
     fn a_wake_up_during_the_slice_is_another_turn() {
-        let s = Scheduler::new(1);
+        let s = whole(1);
         let vm = next(&s);
         s.wake(vm);
         s.park(vm, None);
@@ -310,7 +402,7 @@ mod tests {
 
     #[test]
     fn timers_fire_and_leave_no_trace() {
-        let s = Scheduler::new(2);
+        let s = whole(2);
         let start = Instant::now();
         for _ in 0..2 {
             next(&s);
@@ -325,12 +417,12 @@ mod tests {
             s.wake(0);
             assert_eq!(next(&s), 0);
         }
-        assert!(lock(&s.inner).timers.len() <= 2);
+        assert!(lock(&s.queues[0].1.inner).timers.len() <= 2);
     }
 
     #[test]
     fn paused_vms_keep_their_wake_ups() {
-        let s = Scheduler::new(1);
+        let s = whole(1);
         let vm = next(&s);
         s.pause(vm);
         s.park(vm, None);
@@ -347,11 +439,11 @@ mod tests {
 
     #[test]
     fn busy_vms_do_not_starve_woken_ones_nor_the_other_way_round() {
-        let s = Scheduler::new(40);
+        let s = whole(40);
         let mut seen = vec![0u32; 40];
         for _ in 0..4000 {
             let mut turns = Vec::new();
-            assert!(s.take(1, &mut turns));
+            assert!(s.take(0, 1, &mut turns));
             let vm = turns[0].vm;
             seen[vm as usize] += 1;
             // Half of the fleet computes, half of it sleeps and is woken at once.
@@ -374,7 +466,7 @@ mod tests {
         // If a wake-up is lost, the last value is never seen.
         const VMS: u32 = 8;
         const ROUNDS: u64 = 20_000;
-        let s = Arc::new(Scheduler::new(VMS));
+        let s = Arc::new(whole(VMS));
         let sent: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
         let seen: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
         let inside: Arc<Vec<AtomicBool>> = Arc::new((0..VMS).map(|_| AtomicBool::new(false)).collect());
@@ -383,7 +475,7 @@ mod tests {
                 let (s, sent, seen, inside) = (s.clone(), sent.clone(), seen.clone(), inside.clone());
                 std::thread::spawn(move || {
                     let mut turns = Vec::new();
-                    while s.take(2, &mut turns) {
+                    while s.take(0, 2, &mut turns) {
                         for turn in turns.drain(..) {
                             let vm = turn.vm as usize;
                             assert!(!inside[vm].swap(true, SeqCst), "VM {vm} in two engines");

@@ -41,21 +41,20 @@ impl Drop for Alarm<'_> {
 /// Runs slices until the fleet stops.
 pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
     let alarm = Alarm(shared);
-    let batch = engine.batch().max(1);
+    let (part, batch) = (engine.part(), engine.batch().max(1));
     let mut scratch =
         Scratch { output: Vec::new(), marks: Vec::new(), frame: Box::new([0; ETH_FRAME_BYTES as usize]) };
     let mut turns: Vec<Turn> = Vec::new();
     let mut slices: Vec<Slice> = Vec::new();
     let mut results: Vec<SliceResult> = Vec::new();
     loop {
-        turns.clear();
         slices.clear();
         results.clear();
-        if !shared.sched.take(batch, &mut turns) {
+        if !shared.sched.take(part, batch, &mut turns) {
             break;
         }
-        let now = Instant::now();
-        slices.extend(turns.iter().map(|turn| shared.slice(*turn, now)));
+        let (now, advice) = (Instant::now(), engine.budget());
+        slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let ran = engine.run(&slices, &mut results);
         shared.engine_nanos.fetch_add(now.elapsed().as_nanos() as u64, Relaxed);
         if let Err(error) = ran {
@@ -82,9 +81,10 @@ enum Next {
 }
 
 impl Shared {
-    fn slice(&self, turn: Turn, now: Instant) -> Slice {
+    fn slice(&self, turn: Turn, now: Instant, advice: Option<u64>) -> Slice {
         let (time_mode, now_ticks) = lock(&self.vms[turn.vm as usize].record).clock.request(now);
-        let budget = if turn.bulk { self.config.budget.bulk } else { self.config.budget.fresh };
+        let usual = if turn.bulk { self.config.budget.bulk } else { self.config.budget.fresh };
+        let budget = advice.unwrap_or(usual);
         Slice { vm: turn.vm, request: SliceRequest { budget, now_ticks, time_mode, reserved: 0 } }
     }
 

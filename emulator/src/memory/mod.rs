@@ -134,12 +134,13 @@ mod tests {
         let mut bytes = vec![0; 3 * 4096];
         bytes[5] = 7;
         bytes[2 * 4096 + 1] = 9;
-        let shared =
-            SharedFrames::new(&boot(8 * 4096, vec![Piece { name: "kernel", address: 4096 + 16, bytes }]))
-                .unwrap();
+        let kernel = boot(8 * 4096, vec![Piece { name: "kernel", address: 4096 + 16, bytes }]);
+        let shared = SharedFrames::new(&kernel).unwrap();
         // pages 1 (byte 21) and 3 (byte 17) hold data
         assert_eq!(shared.table, [0, 1, 0, 2, 0, 0, 0, 0]);
         assert_eq!(shared.count, 3);
+        let mut frames = vec![0; 3 * 4096];
+        shared.fill(&kernel, &mut frames);
         assert_eq!(frames[4096 + 21], 7);
         assert_eq!(frames[2 * 4096 + 17], 9);
     }

@@ -50,8 +50,8 @@ impl Error {
     pub fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
         let help = match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(format!(
-                "The disk that holds {} is full. Free some space there, or set XDG_CACHE_HOME to a folder on \
-                 another disk. Nothing half-written is kept.",
+                "The disk that holds {} is full. Free some space there. The cache can be on another disk: set \
+                 XDG_CACHE_HOME. Nothing half-written is kept.",
                 path.display()
             )),
             io::ErrorKind::PermissionDenied => Some("Check who owns that path.".to_owned()),
@@ -71,10 +71,28 @@ impl Error {
                     "no space left on the disk of {}: {need} bytes are to be written there",
                     path.display()
                 ),
-                "Free some space there, or set XDG_CACHE_HOME to a folder on another disk. Nothing half-written \
-                 is kept.",
+                "Free some space there. The cache can be on another disk: set XDG_CACHE_HOME. Nothing half-written is \
+                 kept.",
             ),
             _ => Self::io("write", path, source),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_with_path_and_need() {
+        let path = Path::new("/cache/images/x/Image");
+        let error = Error::write(path, 12_345, io::Error::from(io::ErrorKind::StorageFull));
+        let text = error.to_string();
+        assert!(text.contains("no space left") && text.contains("/cache/images/x/Image"), "{text}");
+        assert!(text.contains("12345 bytes"), "{text}");
+        let help = error.help().map(|h| h.to_string()).unwrap_or_default();
+        assert!(help.contains("XDG_CACHE_HOME"), "{help}");
+        let other = Error::write(path, 1, io::Error::from(io::ErrorKind::PermissionDenied)).to_string();
+        assert!(other.starts_with("cannot write /cache/images/x/Image"), "{other}");
     }
 }

@@ -100,7 +100,7 @@ impl Layout {
     pub fn new(ram: Ram, kernel_memory_bytes: u64, initrd_bytes: u64, margin: u64) -> Result<Self, Error> {
         let least = Self::least(kernel_memory_bytes, initrd_bytes, margin);
         if ram.0 < least {
-            let what = match initrd_bytes > ram.0 / 4 {
+            let what = match initrd_bytes > kernel_memory_bytes {
                 true => format!("the initrd is too large for {ram} of RAM"),
                 false => format!("{ram} of RAM is too small for this image"),
             };

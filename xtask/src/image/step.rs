@@ -75,8 +75,7 @@ impl Progress {
         File::create(log).map_err(|e| Error::io("make", log, e))?;
         let start = Instant::now();
         let plain = !self.quiet && !self.terminal;
-        let step =
-            Step { title: title.to_owned(), log: log.to_owned(), start, beat: start.into(), plain };
+        let step = Step { title: title.to_owned(), log: log.to_owned(), start, beat: start.into(), plain };
         let about = format!("about {}", clock(expected));
         let bar = (!self.quiet && self.terminal).then(|| live(&head, &about));
         if plain {
@@ -114,16 +113,6 @@ fn clock(time: Duration) -> String {
 }
 
 impl Step {
-    /// Its name.
-    pub fn title(&self) -> &str {
-        &self.title
-    }
-
-    /// Its log.
-    pub fn log(&self) -> &Path {
-        &self.log
-    }
-
     /// Runs a child to its end; `what` says in words what it does.
     pub fn run(&self, what: &str, child: duct::Expression) -> Result<(), Error> {
         let log = self.open_log(what)?;
@@ -137,7 +126,8 @@ impl Step {
         let log = self.open_log(what)?;
         let child = child.stdin_null().stderr_file(log).stdout_capture().unchecked();
         let output = self.wait(what, &child)?;
-        String::from_utf8(output).map_err(|_| Error::plain(format!("{what}: its output is not UTF-8"), self.help()))
+        String::from_utf8(output)
+            .map_err(|_| Error::plain(format!("{what}: its output is not UTF-8"), self.help()))
     }
 
     fn open_log(&self, what: &str) -> Result<File, Error> {
@@ -232,7 +222,7 @@ mod tests {
     fn output_is_read_and_logged() {
         let text = try_step(|step| {
             step.run("speak", cmd!("sh", "-c", "echo one; echo two >&2"))?;
-            assert_eq!(last_lines(step.log(), 9), ["one", "two"]);
+            assert_eq!(last_lines(&step.log, 9), ["one", "two"]);
             step.read("count", cmd!("sh", "-c", "echo three; echo four >&2"))
         });
         assert_eq!(text.unwrap(), "three\n");
@@ -244,12 +234,16 @@ mod tests {
         let error = try_step(|step| step.run("count", cmd!("sh", "-c", script)).map(|()| String::new()));
         let text = error.unwrap_err().to_string();
         assert!(text.starts_with("the step: could not count (exit status: 7)"), "{text}");
-        assert!(text.contains("| line 40") && text.contains("| line 26") && !text.contains("| line 25"), "{text}");
+        assert!(
+            text.contains("| line 40") && text.contains("| line 26") && !text.contains("| line 25"),
+            "{text}"
+        );
     }
 
     #[test]
     fn a_missing_program_is_named_as_such() {
-        let error = try_step(|step| step.read("dance", cmd!("/nonexistent/program"))).unwrap_err().to_string();
+        let error =
+            try_step(|step| step.read("dance", cmd!("/nonexistent/program"))).unwrap_err().to_string();
         assert!(error.contains("the step: cannot dance"), "{error}");
     }
 

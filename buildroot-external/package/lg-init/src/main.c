@@ -133,6 +133,7 @@ static int do_mkdir(int count, char **word) {
 }
 
 static int do_mount(int count, char **word) {
+    if (NOT_THE_GUEST()) return -1;
     if (make_folders(word[2])) return -1;
     if (mount(word[1], word[2], word[3], 0, count > 4 ? word[4] : 0)) {
         if (errno == EBUSY) return 0; /* mounted already */
@@ -181,6 +182,7 @@ static int do_write(int count, char **word) {
 
 static int do_hostname(int count, char **word) {
     (void)count;
+    if (NOT_THE_GUEST()) return -1;
     if (sethostname(word[1], strlen(word[1]))) return failed_errno("cannot set the host name to", word[1]);
     return 0;
 }

@@ -120,6 +120,7 @@ int do_net(int count, char **word) {
     mac[4] = (unsigned char)(vm_number >> 8);
     mac[5] = (unsigned char)vm_number;
 
+    if (NOT_THE_GUEST()) return -1;
     if (open_control()) return failed_errno("cannot open a socket", 0);
     if (set_up("lo", 1)) failed_errno("cannot start", "lo");
     if (set_mac(device, mac)) return failed_errno("cannot set the MAC of", device);

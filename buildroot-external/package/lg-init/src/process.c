@@ -177,6 +177,7 @@ int do_ready(int count, char **word) {
 
 /* What busybox's reboot, poweroff and halt send to process 1. */
 static void on_request(int signal_number) {
+    if (NOT_THE_GUEST()) return;
     unsigned how = signal_number == SIGTERM   ? RB_AUTOBOOT
                    : signal_number == SIGUSR2 ? RB_POWER_OFF
                                               : RB_HALT_SYSTEM;

@@ -178,7 +178,8 @@ impl Archive {
                 match self.fetch(step, want, &candidate) {
                     Ok(files) => return Ok((files, candidate)),
                     Err(e) => {
-                        notes.push(format!("  {} {} cannot be fetched", candidate.package, candidate.version));
+                        notes
+                            .push(format!("  {} {} cannot be fetched", candidate.package, candidate.version));
                         first = first.or(Some(e));
                     }
                 }
@@ -198,7 +199,11 @@ impl Archive {
 
     fn unknown(&self, want: &Want) -> Error {
         Error::plain(
-            format!("this machine's apt sources for {} do not offer the source of {}", self.codename, want.name()),
+            format!(
+                "this machine's apt sources for {} do not offer the source of {}",
+                self.codename,
+                want.name()
+            ),
             "Check /etc/apt/sources.list and /etc/apt/sources.list.d: the distribution's own archive, with the \
              component main, must be among them.",
         )
@@ -216,11 +221,12 @@ impl Archive {
         let log = logs.join("package-lists.log");
         progress
             .step("read the package lists", Duration::from_secs(10), &log, |step| {
-                let dump = step.read("read apt's configuration", cmd!("apt-config", "dump").env("LC_ALL", "C"))?;
+                let dump =
+                    step.read("read apt's configuration", cmd!("apt-config", "dump").env("LC_ALL", "C"))?;
                 self.write_state(&sources, &dump)?;
                 step.run("read the package lists", self.apt("apt-get", &["-q", "update"]))
             })
-            .map_err(|e| unreachable_lists(e))?;
+            .map_err(unreachable_lists)?;
         self.fresh = true;
         Ok(())
     }
@@ -249,9 +255,13 @@ impl Archive {
     fn candidates(&self, step: &Step, want: &Want) -> Result<Vec<Taken>, Error> {
         let all = match want {
             Want::Linux => {
-                let text = step.read("look up linux-source", self.apt("apt-cache", &["show", "linux-source"]))?;
+                let text =
+                    step.read("look up linux-source", self.apt("apt-cache", &["show", "linux-source"]))?;
                 let Some(package) = kernel_package(&text) else { return Ok(Vec::new()) };
-                binaries(&step.read("look up the kernel", self.apt("apt-cache", &["show", &package]))?, &package)
+                binaries(
+                    &step.read("look up the kernel", self.apt("apt-cache", &["show", &package]))?,
+                    &package,
+                )
             }
             // The wheel's version is fixed: there is nothing to ask.
             Want::Musl if self.taken(want).is_some_and(Taken::is_wheel) => Vec::new(),
@@ -294,9 +304,19 @@ impl Archive {
                 Kind::Wheel => {
                     let exact = format!("{}=={}", taken.package, taken.version);
                     let pip = cmd!(
-                        "python3", "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                        "--only-binary=:all:", "--platform", "manylinux2010_x86_64", "-d",
-                        folder, exact
+                        "python3",
+                        "-m",
+                        "pip",
+                        "download",
+                        "-q",
+                        "--disable-pip-version-check",
+                        "--no-deps",
+                        "--only-binary=:all:",
+                        "--platform",
+                        "manylinux2010_x86_64",
+                        "-d",
+                        folder,
+                        exact
                     );
                     step.run("download musl's source from the Python package index", pip)?;
                     rename_only(folder, taken)?;
@@ -317,7 +337,8 @@ fn machine_sources(codename: &str) -> Result<Sources, Error> {
     let mut sources = Sources::default();
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     let parts = Path::new("/etc/apt/sources.list.d");
-    let mut more: Vec<PathBuf> = fs::read_dir(parts).map_or(Vec::new(), |d| d.flatten().map(|e| e.path()).collect());
+    let mut more: Vec<PathBuf> =
+        fs::read_dir(parts).map_or(Vec::new(), |d| d.flatten().map(|e| e.path()).collect());
     more.sort();
     files.extend(more);
     for path in files.iter().filter(|p| p.is_file()) {
@@ -335,7 +356,8 @@ fn machine_sources(codename: &str) -> Result<Sources, Error> {
 /// is; its hooks and further lists do not come along.
 fn private_config(folder: &Path, dump: &str) -> String {
     let mut text = String::new();
-    let left_out = ["acquire::indextargets", "acquire::languages", "acquire::compressiontypes", "acquire::changelogs"];
+    let left_out =
+        ["acquire::indextargets", "acquire::languages", "acquire::compressiontypes", "acquire::changelogs"];
     for line in dump.lines() {
         let key = line.to_ascii_lowercase();
         if key.starts_with("acquire::") && !left_out.iter().any(|l| key.starts_with(l)) {
@@ -414,7 +436,10 @@ fn check_sums(folder: &Path, taken: &Taken) -> Result<(), Error> {
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         if hex::encode(Sha256::digest(&bytes)) != *sum {
             return Err(Error::plain(
-                format!("{name} of {} {} has another checksum than the archive says", taken.package, taken.version),
+                format!(
+                    "{name} of {} {} has another checksum than the archive says",
+                    taken.package, taken.version
+                ),
                 "A proxy or mirror may hold a damaged copy. Try again, or use another mirror.",
             ));
         }
@@ -455,7 +480,10 @@ mod tests {
                     nginx_1.tar.gz\nFiles:\n cc 10 nginx_1.dsc\n\nPackage: nginx\nVersion: 1.22.1-9+deb12u11\n\
                     Checksums-Sha256:\n dd 10 nginx_2.dsc\n\nPackage: other\nVersion: 9\nChecksums-Sha256:\n";
         let all = packages(text, "nginx");
-        assert_eq!(all.iter().map(|t| t.version.as_str()).collect::<Vec<_>>(), ["1.22.1-9+deb12u11", "1.22.1-9+deb12u9"]);
+        assert_eq!(
+            all.iter().map(|t| t.version.as_str()).collect::<Vec<_>>(),
+            ["1.22.1-9+deb12u11", "1.22.1-9+deb12u9"]
+        );
         assert_eq!(all[1].files.get("nginx_1.tar.gz").map(String::as_str), Some("bb"));
         assert_eq!(all[1].files.len(), 2);
     }

@@ -69,7 +69,13 @@ fn is_there(need: &str) -> bool {
 
 /// Whether the user's Python has pip.
 pub fn has_pip() -> bool {
-    cmd!("python3", "-m", "pip", "--version").stdout_null().stderr_null().stdin_null().unchecked().run().is_ok_and(|o| o.status.success())
+    cmd!("python3", "-m", "pip", "--version")
+        .stdout_null()
+        .stderr_null()
+        .stdin_null()
+        .unchecked()
+        .run()
+        .is_ok_and(|o| o.status.success())
 }
 
 /// Packages that are missing; `more` are programs with their packages.
@@ -80,7 +86,12 @@ pub fn missing<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> BTreeS
 
 /// Makes sure that everything is there: installs it as root, else says what to install. `pip` tells whether pip is
 /// wanted.
-pub fn ensure(progress: &mut Progress, log: &Path, more: &[(String, String)], pip: bool) -> Result<(), Error> {
+pub fn ensure(
+    progress: &mut Progress,
+    log: &Path,
+    more: &[(String, String)],
+    pip: bool,
+) -> Result<(), Error> {
     let more = || more.iter().map(|(need, package)| (need.as_str(), package.as_str()));
     let look = || {
         let mut packages = missing(more());
@@ -134,7 +145,8 @@ mod tests {
 
     #[test]
     fn os_release_is_read_with_and_without_quotes() {
-        let text = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_CODENAME=bookworm\nVERSION=\"12\"\n";
+        let text =
+            "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_CODENAME=bookworm\nVERSION=\"12\"\n";
         assert_eq!(value_of(text, "VERSION_CODENAME"), Some("bookworm"));
         assert_eq!(value_of(text, "VERSION"), Some("12"));
         assert_eq!(value_of(text, "PRETTY"), None);
@@ -143,7 +155,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_by_package_and_once() {
-        let strange = [("lg-no-such-program", "lg-package"), ("/lg/no/such/file", "lg-package"), ("sh", "dash")];
+        let strange =
+            [("lg-no-such-program", "lg-package"), ("/lg/no/such/file", "lg-package"), ("sh", "dash")];
         let packages = missing(strange);
         assert!(packages.contains("lg-package") && !packages.contains("dash"));
     }

@@ -50,7 +50,12 @@ pub fn settings(fragments: &[Fragment]) -> Result<Vec<Setting>, Error> {
             };
             all.retain(|s| s.symbol != symbol);
             let file = fragment.name.clone();
-            all.push(Setting { symbol: symbol.to_owned(), value: value.map(str::to_owned), file, line: index + 1 });
+            all.push(Setting {
+                symbol: symbol.to_owned(),
+                value: value.map(str::to_owned),
+                file,
+                line: index + 1,
+            });
         }
     }
     Ok(all)
@@ -178,10 +183,13 @@ mod tests {
 
     #[test]
     fn what_was_lost_is_named_with_its_place() {
-        let read = settings(&fragments(&["CONFIG_A=y\nCONFIG_B=12\n# CONFIG_C is not set\nCONFIG_D=y\n"])).unwrap();
+        let read =
+            settings(&fragments(&["CONFIG_A=y\nCONFIG_B=12\n# CONFIG_C is not set\nCONFIG_D=y\n"])).unwrap();
         check("kernel", &read, "CONFIG_A=y\nCONFIG_B=12\nCONFIG_D=y\n").unwrap();
         check("kernel", &read, "CONFIG_A=y\nCONFIG_B=12\n# CONFIG_C is not set\nCONFIG_D=y\n").unwrap();
-        let error = check("kernel", &read, "CONFIG_B=13\nCONFIG_C=y\n# CONFIG_D is not set\n").unwrap_err().to_string();
+        let error = check("kernel", &read, "CONFIG_B=13\nCONFIG_C=y\n# CONFIG_D is not set\n")
+            .unwrap_err()
+            .to_string();
         for part in [
             "4 settings",
             "kernel/0.config:1: `CONFIG_A=y` is not in .config",

@@ -13,8 +13,9 @@ fn program() -> &'static Path {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("lg-init");
         let files = ["main.c", "machine.c", "net.c", "process.c"].map(|f| source.join(f));
-        let built = Command::new("cc").args(["-Wall", "-Wextra", "-Werror", "-O1", "-o"]).arg(&program).args(files);
-        assert!(built.status().unwrap().success());
+        let options = ["-Wall", "-Wextra", "-Werror", "-O1", "-o"];
+        let built = Command::new("cc").args(options).arg(&program).args(files).status();
+        assert!(built.unwrap().success());
         (dir, program)
     });
     program
@@ -53,11 +54,22 @@ fn a_bad_line_is_named_and_the_next_one_done() {
         ("run sh -c \"exit 3\"", "sh ended with status 3"),
         ("run sh -c \"kill -9 $$\"", "sh was killed by signal 9"),
         ("identity here", "not an address: here"),
-        ("net eth0 10.77.0.0 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff", "not of the form ADDRESS/BITS: 10.77.0.0"),
-        ("net eth0 10.77.0.300/16 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff", "not a network: 10.77.0.300"),
-        ("net eth0 10.77.0.0/16 last=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff", "not first=NUMBER: last=2"),
-        ("net eth0 10.77.0.0/16 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff", "not hostmac=MAC: hostmac=02:4c:47:ff:ff"),
-        ("net eth0 10.77.0.0/16 first=65534 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff", "the network has no address for this VM: 10.77.0.0"),
+        (
+            "net lg-none 10.77.0.0 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff",
+            "not of the form ADDRESS/BITS: 10.77.0.0",
+        ),
+        (
+            "net lg-none 10.77.0.300/16 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff",
+            "not a network: 10.77.0.300",
+        ),
+        (
+            "net lg-none 10.77.0.0/16 last=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff",
+            "not first=NUMBER: last=2",
+        ),
+        (
+            "net lg-none 10.77.0.0/16 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff",
+            "not hostmac=MAC: hostmac=02:4c:47:ff:ff",
+        ),
         ("wait udp 80", "can only wait for tcp, not: udp"),
         ("wait tcp 65536", "not a port: 65536"),
         ("shell", "only process 1 gives the console to a shell"),
@@ -70,6 +82,17 @@ fn a_bad_line_is_named_and_the_next_one_done() {
         assert_eq!(status, 1, "{line}");
         assert_eq!(content(&dir, "after"), "done\n", "{line}");
     }
+}
+
+#[test]
+fn nothing_of_this_machine_is_touched() {
+    // Right as they are: were they carried out here, the machine that runs the tests would lose its network.
+    let lines = "net lg-none 10.77.0.0/16 first=2 host=10.77.0.1 hostmac=02:4c:47:ff:ff:ff\nhostname lg-test\n\
+                 clock 0xf5000000\nidentity 0xf4100100\nentropy\nmount none DIR/x tmpfs\n";
+    let (status, said, dir) = interpret(lines);
+    let refused = (1..=6).map(|n| format!("lg-init: FILE:{n}: this is not the guest\n")).collect::<String>();
+    assert_eq!((status, said), (1, refused));
+    assert!(!dir.path().join("x").exists());
 }
 
 #[test]
@@ -103,12 +126,18 @@ fn files_folders_and_links_are_made_and_replaced() {
 
 #[test]
 fn programs_get_the_number_and_are_waited_for_or_not() {
-    let (status, said, dir) = interpret("run sh -c \"echo $LG_VM $PATH > DIR/env\"\nstart sh -c \"sleep 1; echo late > DIR/late\"\n");
+    // What is started lets go of the pipes that the test reads to their end.
+    let text = "run sh -c \"echo $LG_VM $PATH > DIR/env\"\n\
+                start sh -c \"exec > DIR/late 2>&1; sleep 3; echo late\"\n";
+    let (status, said, dir) = interpret(text);
     assert_eq!((status, said.as_str()), (0, ""));
     assert_eq!(content(&dir, "env"), "0 /bin:/sbin:/usr/bin:/usr/sbin\n");
-    assert!(!dir.path().join("late").exists());
-    std::thread::sleep(std::time::Duration::from_millis(1500));
-    assert_eq!(content(&dir, "late"), "late\n");
+    assert_ne!(content(&dir, "late"), "late\n", "it was waited for");
+    let start = std::time::Instant::now();
+    while content(&dir, "late") != "late\n" {
+        assert!(start.elapsed().as_secs() < 60, "it has not come to its end");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
 }
 
 #[test]

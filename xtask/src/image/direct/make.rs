@@ -102,7 +102,10 @@ impl Maker<'_> {
 
     fn source(&self, want: &Want) -> Result<PathBuf, Error> {
         self.archive.find(want)?.ok_or_else(|| {
-            Error::plain(format!("the source of {} is gone from the cache", want.name()), "Run the command again.")
+            Error::plain(
+                format!("the source of {} is gone from the cache", want.name()),
+                "Run the command again.",
+            )
         })
     }
 
@@ -117,7 +120,8 @@ impl Maker<'_> {
                 ["--extract", "--xz", "--strip-components=1", "--file=-", "-C"].map(Into::into).to_vec();
             words.push(folder.path().into());
             words.extend(LEFT_OUT.iter().map(|l| format!("--exclude={l}").into()));
-            let inner = ["--extract", "--to-stdout", "--wildcards", "--file=-", "./usr/src/linux-source-*.tar.xz"];
+            let inner =
+                ["--extract", "--to-stdout", "--wildcards", "--file=-", "./usr/src/linux-source-*.tar.xz"];
             let pipe = duct::cmd!("dpkg-deb", "--fsys-tarfile", deb)
                 .pipe(tar(inner.map(Into::into).to_vec()))
                 .pipe(tar(words));
@@ -131,7 +135,10 @@ impl Maker<'_> {
         let musl = self.source(&Want::Musl)?;
         let scratch = self.store.scratch("toolchain")?;
         let work = new_folder(scratch.path(), "work")?;
-        let tools = copy_folder(&self.plan.repo.join("buildroot-external/direct/toolchain"), &scratch.path().join("tools"))?;
+        let tools = copy_folder(
+            &self.plan.repo.join("buildroot-external/direct/toolchain"),
+            &scratch.path().join("tools"),
+        )?;
         progress.step("toolchain", self.expect(55), &self.log("toolchain"), |step| {
             self.store.make("toolchain", &self.plan.toolchain, |out| {
                 let unpacked = scratch.path().join("musl");
@@ -251,8 +258,9 @@ impl Maker<'_> {
                         all.push((format!("DEP_{}", other.name.replace('-', "_")).into(), files.into()));
                     }
                 }
-                let child =
-                    |script: &str| duct::cmd!("sh", "-e", "-u", "-c", script).dir(&work).full_env(all.iter().cloned());
+                let child = |script: &str| {
+                    duct::cmd!("sh", "-e", "-u", "-c", script).dir(&work).full_env(all.iter().cloned())
+                };
                 if package.info.kconfig {
                     self.configure(step, package, &work, &child)?;
                 }
@@ -275,7 +283,10 @@ impl Maker<'_> {
         let read = || fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e));
         let merged = kconfig::merge(&read()?, &self.plan.busybox_settings);
         fs::write(&path, merged).map_err(|e| Error::io("write", &path, e))?;
-        step.run("configure", child("i=0; while [ $i -lt 3000 ]; do echo n; i=$((i + 1)); done | make -s oldconfig"))?;
+        step.run(
+            "configure",
+            child("i=0; while [ $i -lt 3000 ]; do echo n; i=$((i + 1)); done | make -s oldconfig"),
+        )?;
         let what = format!("the configuration of {}", package.name);
         kconfig::check(&what, &self.plan.busybox_settings, &read()?)
     }
@@ -307,7 +318,10 @@ fn no_tree() -> Error {
 fn only_file(folder: &Path, end: &str) -> Result<PathBuf, Error> {
     let entries = fs::read_dir(folder).map_err(|e| Error::io("read the folder", folder, e))?;
     entries.flatten().map(|e| e.path()).find(|p| p.to_string_lossy().ends_with(end)).ok_or_else(|| {
-        Error::plain(format!("{} holds no *{end}", folder.display()), "Remove that folder and run the command again.")
+        Error::plain(
+            format!("{} holds no *{end}", folder.display()),
+            "Remove that folder and run the command again.",
+        )
     })
 }
 

@@ -92,7 +92,10 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     }
     let settled = |archive: &Archive| {
         Plan::new(request, &packages, archive)?.ok_or_else(|| {
-            Error::plain("the cross compiler cannot be run", "Try `riscv64-linux-gnu-gcc --version`, and look why.")
+            Error::plain(
+                "the cross compiler cannot be run",
+                "Try `riscv64-linux-gnu-gcc --version`, and look why.",
+            )
         })
     };
     let mut plan = settled(&archive)?;
@@ -136,7 +139,8 @@ fn check_folder(folder: &Path) -> Result<(), Error> {
 const SPACE: u64 = 3 << 30;
 
 fn check_space(folder: &Path) -> Result<(), Error> {
-    let status = rustix::fs::statvfs(folder).map_err(|e| Error::io("look at the disk of", folder, e.into()))?;
+    let status =
+        rustix::fs::statvfs(folder).map_err(|e| Error::io("look at the disk of", folder, e.into()))?;
     let free = status.f_bavail.saturating_mul(status.f_frsize);
     match free >= SPACE {
         true => Ok(()),

@@ -61,10 +61,17 @@ impl Package {
             ));
         }
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
-        let info = serde_saphyr::from_str(&text).map_err(|e| {
+        let wrong = |what: &dyn std::fmt::Display| {
             let shown = path.strip_prefix(repo).unwrap_or(&path);
-            Error::plain(format!("{}: {e}", shown.display()), "See the other packages' package.yaml for the keys.")
-        })?;
+            Error::plain(
+                format!("{}: {what}", shown.display()),
+                "See the other packages' package.yaml for the keys.",
+            )
+        };
+        let info: Info = serde_saphyr::from_str(&text).map_err(|e| wrong(&e))?;
+        if info.description.trim().is_empty() {
+            return Err(wrong(&"the description is empty"));
+        }
         Ok(Self { name: name.to_owned(), folder, info })
     }
 }
@@ -117,7 +124,8 @@ mod tests {
         for (name, text) in packages {
             let folder = dir.path().join(FOLDER).join(name);
             std::fs::create_dir_all(&folder).unwrap();
-            std::fs::write(folder.join("package.yaml"), format!("description: x\nseconds: 1\n{text}")).unwrap();
+            std::fs::write(folder.join("package.yaml"), format!("description: x\nseconds: 1\n{text}"))
+                .unwrap();
         }
         dir
     }
@@ -140,7 +148,10 @@ mod tests {
         assert!(order(&dir, &["a"]).unwrap_err().contains("a -> b -> a"));
         assert!(order(&dir, &["../a"]).unwrap_err().contains("no package `../a`"));
         let unknown = order(&dir, &["c"]).unwrap_err();
-        assert!(unknown.contains("buildroot-external/package/c/package.yaml") && unknown.contains("sauce"), "{unknown}");
+        assert!(
+            unknown.contains("buildroot-external/package/c/package.yaml") && unknown.contains("sauce"),
+            "{unknown}"
+        );
     }
 
     #[test]

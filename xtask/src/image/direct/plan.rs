@@ -56,7 +56,11 @@ pub struct Missing {
 
 impl<'a> Plan<'a> {
     /// `None` where a source is not settled, or the compilers are not installed.
-    pub fn new(request: &Request<'a>, packages: &'a [Package], archive: &Archive) -> Result<Option<Self>, Error> {
+    pub fn new(
+        request: &Request<'a>,
+        packages: &'a [Package],
+        archive: &Archive,
+    ) -> Result<Option<Self>, Error> {
         let (Some(linux), Some(musl)) = (archive.taken(&Want::Linux), archive.taken(&Want::Musl)) else {
             return Ok(None);
         };
@@ -147,7 +151,11 @@ impl<'a> Plan<'a> {
         let mut packages = vec![false; self.packages.len()];
         for (i, package) in self.packages.iter().enumerate().rev() {
             let wanted = package.info.image
-                || self.packages.iter().zip(&packages).any(|(p, missing)| *missing && p.info.needs.contains(&package.name));
+                || self
+                    .packages
+                    .iter()
+                    .zip(&packages)
+                    .any(|(p, missing)| *missing && p.info.needs.contains(&package.name));
             packages[i] = wanted && store.find(&package.name, &self.recipes[i])?.is_none();
         }
         let toolchain = packages.contains(&true) && store.find("toolchain", &self.toolchain)?.is_none();

@@ -209,7 +209,10 @@ mod tests {
 
     #[test]
     fn disabled_and_foreign_stanzas_are_left_out() {
-        assert_eq!(deb("Enabled: no\nTypes: deb\nURIs: http://m/d\nSuites: bookworm\nComponents: main\n"), "");
+        assert_eq!(
+            deb("Enabled: no\nTypes: deb\nURIs: http://m/d\nSuites: bookworm\nComponents: main\n"),
+            ""
+        );
         assert_eq!(deb("Types: deb\nURIs: http://m/d\nSuites: nodistro\nComponents: main\n"), "");
         assert_eq!(deb("Types: deb\nURIs: http://m/d\nSuites: bookworm\nComponents: nginx\n"), "");
         assert_eq!(deb(""), "");

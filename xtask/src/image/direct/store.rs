@@ -29,7 +29,12 @@ impl Recipe {
     }
 
     /// Adds all files of a folder with their names, except those that `skip` picks by path.
-    pub fn add_folder(&mut self, name: &str, folder: &Path, skip: impl Fn(&str) -> bool) -> Result<(), Error> {
+    pub fn add_folder(
+        &mut self,
+        name: &str,
+        folder: &Path,
+        skip: impl Fn(&str) -> bool,
+    ) -> Result<(), Error> {
         let mut entries = Vec::new();
         walk(folder, Path::new(""), &mut entries)?;
         for entry in entries.iter().filter(|e| !skip(path_of(e))) {
@@ -160,7 +165,8 @@ fn remove(path: &Path) -> Result<(), Error> {
 /// tempfile's folders are their owner's alone.
 fn open_to_all(folder: &Path) -> Result<(), Error> {
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).map_err(|e| Error::io("set the mode of", folder, e))
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755))
+        .map_err(|e| Error::io("set the mode of", folder, e))
 }
 
 fn verify(folder: &Path, recipe: &Recipe) -> Result<(), String> {
@@ -211,7 +217,10 @@ fn walk(root: &Path, inside: &Path, lines: &mut Vec<String>) -> Result<(), Error
         let shown = inside.display();
         if meta.is_symlink() {
             let target = path.read_link().map_err(|e| Error::io("read the link", &path, e))?;
-            lines.push(format!("link {} /{shown}", hex::encode(Sha256::digest(target.as_os_str().as_encoded_bytes()))));
+            lines.push(format!(
+                "link {} /{shown}",
+                hex::encode(Sha256::digest(target.as_os_str().as_encoded_bytes()))
+            ));
         } else if meta.is_dir() {
             lines.push(format!("folder /{shown}"));
             walk(root, &inside, lines)?;

@@ -6,7 +6,10 @@ use std::cmp::Ordering;
 pub fn compare(a: &str, b: &str) -> Ordering {
     let (a_epoch, a_upstream, a_revision) = split(a);
     let (b_epoch, b_upstream, b_revision) = split(b);
-    a_epoch.cmp(&b_epoch).then_with(|| part(a_upstream, b_upstream)).then_with(|| part(a_revision, b_revision))
+    a_epoch
+        .cmp(&b_epoch)
+        .then_with(|| part(a_upstream, b_upstream))
+        .then_with(|| part(a_revision, b_revision))
 }
 
 fn split(version: &str) -> (u32, &str, &str) {
@@ -24,8 +27,10 @@ fn part(mut a: &str, mut b: &str) -> Ordering {
         if order.is_ne() {
             return order;
         }
-        let (a_digits, a_next) = a_rest.split_at(a_rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(a_rest.len()));
-        let (b_digits, b_next) = b_rest.split_at(b_rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(b_rest.len()));
+        let (a_digits, a_next) =
+            a_rest.split_at(a_rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(a_rest.len()));
+        let (b_digits, b_next) =
+            b_rest.split_at(b_rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(b_rest.len()));
         let (x, y) = (a_digits.trim_start_matches('0'), b_digits.trim_start_matches('0'));
         let order = x.len().cmp(&y.len()).then_with(|| x.cmp(y));
         if order.is_ne() {

@@ -1,0 +1,325 @@
+//! The CUDA back end: the machine of `kernels/`, compiled at start for the device at hand. Each VM lives on one device,
+//! with its hart, devices and RAM; the host keeps mailboxes in memory that both reach.
+
+mod cubin;
+mod device;
+mod driver;
+mod engine;
+mod error;
+mod pace;
+mod plan;
+
+use std::fmt::Write;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use super::nvrtc::Compiler;
+use super::{Engine, EngineError, Machines, MemoryUse};
+use crate::abi::{CODE_PAGE_BYTES, FRAME_BYTES, Mailbox, Vm};
+use crate::fleet::capacity::size;
+use crate::mailbox::MailboxRef;
+use crate::memory::{BootMemory, SharedFrames};
+
+use device::Device;
+use driver::{Context, Driver};
+use engine::CudaEngine;
+
+pub use driver::{CallError, OpenError, Resources};
+pub use error::Error;
+
+/// The oldest architecture that the kernels are made for: Turing.
+const OLDEST: (u32, u32) = (7, 5);
+/// How long a launch is to take: the host is seldom needed more often, and a display driver allows 2 s.
+pub const TARGET: Duration = Duration::from_millis(8);
+
+/// Which devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gpus {
+    /// All that the driver shows.
+    All,
+    /// These.
+    List(Vec<u32>),
+}
+
+impl std::str::FromStr for Gpus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        let bad = || format!("'{text}': expected all, or numbers of GPUs as in 0,1");
+        let mut list = text
+            .split(',')
+            .map(|number| number.trim().parse().map_err(|_| bad()))
+            .collect::<Result<Vec<u32>, _>>()?;
+        list.sort_unstable();
+        if list.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(format!("'{text}' names a GPU twice"));
+        }
+        Ok(Self::List(list))
+    }
+}
+
+/// How many VMs, with what, on which devices.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// RAM at the first instruction.
+    pub boot: Arc<BootMemory>,
+    /// VMs, numbered from 0.
+    pub vms: u32,
+    /// Devices to use.
+    pub gpus: Gpus,
+    /// Frames that the VMs of each device may have for themselves, all together. `None`: what fits.
+    pub private_frames: Option<u32>,
+    /// Unix time in nanoseconds at guest tick 0.
+    pub epoch_ns: u64,
+    /// Seed of the VMs' entropy. `None`: drawn from the host for each VM.
+    pub seed: Option<u64>,
+    /// Launch queues of each device.
+    pub engines: u32,
+    /// How long a launch is to take.
+    pub target: Duration,
+    /// Registers of each thread. `None`: by the fleet's size.
+    pub registers: Option<u32>,
+    /// Warps in each block. `None`: by the fleet's size.
+    pub warps_per_block: Option<u32>,
+    /// Environments in which NVRTC may be installed, besides the usual places.
+    pub compilers: Vec<PathBuf>,
+}
+
+/// All VMs of a fleet on GPUs.
+#[derive(Debug)]
+pub struct CudaMachines {
+    devices: Vec<Arc<Device>>,
+    config: Config,
+    driver: Driver,
+    shared_frames: u32,
+    pages: u32,
+}
+
+impl CudaMachines {
+    /// Sets up the VMs, none of them started.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let shared = SharedFrames::new(&config.boot)?;
+        let driver = Driver::open()?;
+        let count = driver.devices()?;
+        let list = match &config.gpus {
+            Gpus::All => (0..count).collect(),
+            Gpus::List(list) => list.clone(),
+        };
+        if let Some(&asked) = list.iter().find(|ordinal| **ordinal >= count).or(list.is_empty().then_some(&0))
+        {
+            return Err(Error::NoDevice { asked, count });
+        }
+        let compiler = Compiler::find(&config.compilers)?;
+        let mut contexts = Vec::new();
+        let mut free = Vec::new();
+        for ordinal in list {
+            let context = Context::open(&driver, ordinal)?;
+            let properties = context.properties();
+            if properties.capability < OLDEST {
+                let (name, capability) = (properties.name.clone(), properties.capability);
+                return Err(Error::TooOld { ordinal, name, capability });
+            }
+            free.push(context.memory()?.0);
+            contexts.push(context);
+        }
+        let cache = cubin::cache_folder();
+        let devices = contexts
+            .into_iter()
+            .zip(plan::split(config.vms, &free))
+            .map(|(context, range)| {
+                Device::new(context, range, &config, &shared, &compiler, cache.as_deref()).map(Arc::new)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { devices, config, driver, shared_frames: shared.count, pages: shared.table.len() as u32 })
+    }
+
+    /// What runs where, for people: a line for each device, then what they should know.
+    pub fn describe(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for device in &self.devices {
+            let (properties, code, plan) = (device.context.properties(), &device.code, &device.plan);
+            let mut line = format!(
+                "GPU {}: {} ({}), VMs {} to {}; kernels ",
+                properties.ordinal,
+                properties.name,
+                properties.arch(),
+                device.range.start,
+                device.range.end - 1
+            );
+            let seconds = code.took.as_secs_f64();
+            // Writing to a string can't fail.
+            let _ = match code.cached {
+                true => write!(line, "read from the cache in {seconds:.3} s"),
+                false => write!(line, "compiled in {seconds:.1} s, and kept for the next start"),
+            };
+            let _ = write!(
+                line,
+                "; {} registers, {} bytes of stack; {} for RAM, {} code pages a VM",
+                device.resources.registers,
+                device.resources.local_bytes,
+                size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
+                plan.code_pages_per_vm,
+            );
+            lines.push(line);
+            lines.extend(code.cache_trouble.clone());
+        }
+        lines
+    }
+
+    /// RAM that each VM may write on average, if that is less than all of it.
+    pub fn ram_limit(&self) -> Option<u64> {
+        let each = |device: &Arc<Device>| {
+            u64::from(device.plan.private_frames) / u64::from(device.range.len() as u32).max(1)
+        };
+        let least = self.devices.iter().map(each).min()?;
+        (least < u64::from(self.pages)).then_some(least * u64::from(FRAME_BYTES))
+    }
+
+    /// Registers of each thread of the first device's kernel.
+    pub fn registers(&self) -> u32 {
+        self.devices.first().map_or(0, |device| device.registers)
+    }
+
+    /// The newest CUDA version that the driver knows, as in (13, 0).
+    pub fn driver_version(&self) -> (i32, i32) {
+        self.driver.version()
+    }
+
+    /// The first device's name.
+    pub fn device_name(&self) -> String {
+        self.devices.first().map_or_else(String::new, |device| device.context.properties().name.clone())
+    }
+
+    /// The state of a VM that is in no engine, for tests and debuggers.
+    pub fn vm(&self, vm: u32) -> Result<Vm, EngineError> {
+        let (device, index) = self.device(vm);
+        device.state(index).map_err(|error| EngineError(error.to_string()))
+    }
+
+    /// All RAM of a VM that is in no engine.
+    pub fn ram(&self, vm: u32) -> Result<Vec<u8>, EngineError> {
+        let (device, index) = self.device(vm);
+        device.ram(index).map_err(|error| EngineError(error.to_string()))
+    }
+
+    fn device(&self, vm: u32) -> (&Device, u32) {
+        assert!(vm < self.config.vms, "VM {vm} of {}", self.config.vms);
+        let at = self.devices.partition_point(|device| device.range.end <= vm);
+        let device = &self.devices[at];
+        (device, vm - device.range.start)
+    }
+
+    fn warps_per_block(&self, device: &Device) -> u32 {
+        // Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that many VMs need larger ones.
+        let each = (device.range.len() as u32).div_ceil(device.context.properties().multiprocessors.max(1));
+        self.config.warps_per_block.unwrap_or(match each {
+            0..=16 => 1,
+            17..=32 => 2,
+            _ => 4,
+        })
+    }
+}
+
+impl Machines for CudaMachines {
+    fn backend(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn engine(&self) -> String {
+        "w".into()
+    }
+
+    fn vms(&self) -> u32 {
+        self.config.vms
+    }
+
+    fn parts(&self) -> Vec<Range<u32>> {
+        self.devices.iter().map(|device| device.range.clone()).collect()
+    }
+
+    fn engines(&self) -> Result<Vec<Box<dyn Engine>>, EngineError> {
+        let mut engines: Vec<Box<dyn Engine>> = Vec::new();
+        for (part, device) in self.devices.iter().enumerate() {
+            let vms = device.range.len() as u32;
+            let count = self.config.engines.clamp(1, vms.max(1));
+            for _ in 0..count {
+                let warps = self.warps_per_block(device);
+                let batch = vms.div_ceil(count);
+                let engine = CudaEngine::new(Arc::clone(device), part, batch, warps, self.config.target)
+                    .map_err(|error| EngineError(format!("no engine on the GPU: {error}")))?;
+                engines.push(Box::new(engine));
+            }
+        }
+        Ok(engines)
+    }
+
+    fn mailbox(&self, vm: u32) -> MailboxRef<'_> {
+        let (device, index) = self.device(vm);
+        // SAFETY: in bounds; the mailbox lives as long as `self`; only machine and `MailboxRef` access it.
+        unsafe { MailboxRef::new(device.mail.as_ptr().add(index as usize)) }
+    }
+
+    fn memory(&self) -> MemoryUse {
+        let frame = u64::from(FRAME_BYTES);
+        let mut sum = MemoryUse::default();
+        for device in &self.devices {
+            let vms = device.range.len() as u64;
+            let (mut frames, mut code_pages) = (0, u64::from(self.shared_frames));
+            for known in &device.known {
+                frames += u64::from(known.private_frames.load(Relaxed));
+                code_pages += u64::from(known.code_pages.load(Relaxed));
+            }
+            let fixed = (size_of::<Vm>() + size_of::<Mailbox>()) as u64 + u64::from(self.pages) * 4;
+            sum.shared_bytes += u64::from(self.shared_frames) * frame;
+            sum.private_bytes += frames * frame;
+            sum.overhead_bytes += vms * fixed + code_pages * u64::from(CODE_PAGE_BYTES);
+        }
+        sum
+    }
+
+    fn reset(&self, vm: u32) -> Result<(), EngineError> {
+        let (device, index) = self.device(vm);
+        device.reset(&self.config, index).map_err(|error| EngineError(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_gpus_are_read() {
+        assert_eq!("all".parse(), Ok(Gpus::All));
+        assert_eq!("0".parse(), Ok(Gpus::List(vec![0])));
+        assert_eq!("2, 0".parse(), Ok(Gpus::List(vec![0, 2])));
+        for bad in ["", "0,", "a", "-1", "1,1", "0;1"] {
+            assert!(bad.parse::<Gpus>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn without_a_driver_the_error_says_what_is_missing() {
+        let config = Config {
+            boot: Arc::new(BootMemory { ram_bytes: 4096, entry: 0, dtb_address: 0, pieces: vec![] }),
+            vms: 1,
+            gpus: Gpus::List(vec![4_000_000]),
+            private_frames: None,
+            epoch_ns: 0,
+            seed: Some(1),
+            engines: 2,
+            target: TARGET,
+            registers: None,
+            warps_per_block: None,
+            compilers: vec![],
+        };
+        // With a driver: there is no such device.
+        let error = CudaMachines::new(config).unwrap_err().to_string();
+        assert!(error.contains("install the driver") || error.contains("nvidia-smi"), "{error}");
+    }
+}

@@ -1,0 +1,283 @@
+//! The VMs of one device: their memory there, and the kernels that set them up and put them back.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, RwLock};
+
+use super::Config;
+use super::cubin::{self, Code};
+use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
+use super::error::Error;
+use super::plan::{Demand, DoesNotFit, Plan};
+use crate::abi::{CODE_PAGE_BYTES, FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, Vm};
+use crate::backend::nvrtc::Compiler;
+use crate::backend::start::{self, Identity};
+use crate::memory::SharedFrames;
+
+/// Register budgets, and the VMs per multiprocessor up to which each is the best: with few, each thread may have what
+/// it likes; with many, more warps have to fit.
+const REGISTERS: [(u32, u32); 2] = [(16, 96), (u32::MAX, 64)];
+/// Threads that set up one VM.
+const SETUP_THREADS: u32 = 128;
+/// Entries written at once to large tables.
+const CHUNK: u32 = 1 << 20;
+
+/// What the host has last heard of a VM.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub private_frames: AtomicU32,
+    pub code_pages: AtomicU32,
+    pub pc: AtomicU32,
+    pub cause: AtomicU32,
+    pub epc: AtomicU32,
+}
+
+impl Known {
+    pub fn update(&self, result: &SliceResult) {
+        self.private_frames.store(result.private_frames, Relaxed);
+        self.code_pages.store(result.code_pages, Relaxed);
+        self.pc.store(result.pc, Relaxed);
+        self.cause.store(result.last_trap[0], Relaxed);
+        self.epc.store(result.last_trap[1], Relaxed);
+    }
+}
+
+/// The VMs of one device.
+#[derive(Debug)]
+pub(super) struct Device {
+    /// Numbers of its VMs in the fleet; on the device they count from 0.
+    pub range: Range<u32>,
+    pub context: Arc<Context>,
+    pub run: Function,
+    pub vms: Buffer,
+    pub pool: Buffer,
+    pub mail: Pinned<Mailbox>,
+    pub known: Vec<Known>,
+    /// Launches share it; a reset, which gives frames back, has it alone.
+    pub gate: RwLock<()>,
+    pub plan: Plan,
+    pub registers: u32,
+    pub resources: Resources,
+    pub code: Code,
+    reset: Function,
+    control: Mutex<Stream>,
+    tables: Buffer,
+    first_table: Buffer,
+    pages: u32,
+    // reached through the pool alone
+    _memory: [Buffer; 5],
+}
+
+fn take(context: &Arc<Context>, what: &'static str, bytes: u64) -> Result<Buffer, Error> {
+    Buffer::new(context, bytes).map_err(|cause| no_memory(what, bytes, cause))
+}
+
+fn no_memory(what: &'static str, bytes: u64, cause: CallError) -> Error {
+    if cause.is_out_of_memory() { Error::NoMemory { what, bytes, cause } } else { Error::Call(cause) }
+}
+
+/// The register budget for so many VMs.
+fn registers(vms: u32, multiprocessors: u32) -> u32 {
+    let each = vms.div_ceil(multiprocessors.max(1));
+    REGISTERS.iter().find(|(most, _)| each <= *most).map_or(64, |(_, registers)| *registers)
+}
+
+impl Device {
+    pub fn new(
+        context: Arc<Context>,
+        range: Range<u32>,
+        config: &Config,
+        shared: &SharedFrames,
+        compiler: &Compiler,
+        cache: Option<&Path>,
+    ) -> Result<Self, Error> {
+        context.make_current()?;
+        let properties = context.properties().clone();
+        let (vms, pages) = (range.len() as u32, shared.table.len() as u32);
+        let registers = config.registers.unwrap_or(registers(vms, properties.multiprocessors));
+        let code = cubin::kernels(compiler, &properties.arch(), registers, cache)?;
+        let module = Module::load(&context, &code.cubin)?;
+        let (setup, run, reset) = (
+            module.function(c"machine_setup")?,
+            module.function(c"machine_run_w")?,
+            module.function(c"machine_reset")?,
+        );
+        let resources = run.resources()?;
+
+        let demand = Demand { vms, pages, shared_frames: shared.count };
+        let (free, _) = context.memory()?;
+        let plan = demand.plan(free, config.private_frames).map_err(|DoesNotFit { fits }| {
+            let (ordinal, name) = (properties.ordinal, properties.name.clone());
+            Error::DoesNotFit { ordinal, name, free, vms, ram: config.boot.ram_bytes, fits }
+        })?;
+        let frames = u64::from(plan.private_frames) + u64::from(shared.count);
+        let vm_code_pages = vms * plan.code_pages_per_vm;
+        let code_pages = u64::from(vm_code_pages) + u64::from(shared.count);
+        let words = |count: u64| count * 4;
+        let base = take(&context, "guest RAM", frames * u64::from(FRAME_BYTES))?;
+        let ring = take(&context, "the free list", words(plan.private_frames.into()))?;
+        let code_of = take(&context, "the code table", words(frames))?;
+        let code_frame = take(&context, "the code pages' frames", words(code_pages))?;
+        let code_memory = take(&context, "code pages", code_pages * u64::from(CODE_PAGE_BYTES))?;
+        let mail = Pinned::<Mailbox>::new(&context, vms as usize)
+            .map_err(|cause| no_memory("mailboxes", vms as u64 * size_of::<Mailbox>() as u64, cause))?;
+        for vm in 0..vms as usize {
+            // SAFETY: in bounds; nobody else has the mailboxes yet. The indices alone make a mailbox empty.
+            unsafe {
+                let at = mail.as_ptr().add(vm).cast::<u8>();
+                at.write_bytes(0, std::mem::offset_of!(Mailbox, out));
+            }
+        }
+        let device = Self {
+            vms: take(&context, "the VMs", u64::from(vms) * size_of::<Vm>() as u64)?,
+            pool: take(&context, "the pool", size_of::<Pool>() as u64)?,
+            tables: take(&context, "frame tables", words(u64::from(vms) * u64::from(pages)))?,
+            first_table: take(&context, "the first frame table", words(pages.into()))?,
+            control: Mutex::new(Stream::new(&context)?),
+            known: (0..vms).map(|_| Known::default()).collect(),
+            gate: RwLock::new(()),
+            range,
+            context,
+            run,
+            reset,
+            mail,
+            plan,
+            registers,
+            resources,
+            code,
+            pages,
+            _memory: [base, ring, code_of, code_frame, code_memory],
+        };
+        device.fill(config, shared, vm_code_pages)?;
+        device.set_up(config, &setup)?;
+        Ok(device)
+    }
+
+    /// Writes what all VMs share.
+    fn fill(&self, config: &Config, shared: &SharedFrames, vm_code_pages: u32) -> Result<(), Error> {
+        let [base, ring, code_of, code_frame, code] = &self._memory;
+        let stream = crate::fleet::lock(&self.control);
+        let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
+        shared.fill(&config.boot, &mut frames);
+        base.write(&stream, 0, &frames)?;
+        for start in (0..self.plan.private_frames).step_by(CHUNK as usize) {
+            let end = self.plan.private_frames.min(start.saturating_add(CHUNK));
+            let numbers: Vec<u32> = (start..end).map(|i| shared.count + i).collect();
+            ring.write(&stream, u64::from(start) * 4, &numbers)?;
+        }
+        // Shared frames own the code pages after those of the VMs, one each, for good.
+        code_of.zero(&stream, 0, code_of.bytes())?;
+        let pages: Vec<u32> = (0..shared.count).map(|frame| vm_code_pages + frame + 1).collect();
+        code_of.write(&stream, 0, &pages)?;
+        let numbers: Vec<u32> = (0..shared.count).collect();
+        code_frame.write(&stream, u64::from(vm_code_pages) * 4, &numbers)?;
+        let page = u64::from(CODE_PAGE_BYTES);
+        code.zero(&stream, u64::from(vm_code_pages) * page, u64::from(shared.count) * page)?;
+        self.first_table.write(&stream, 0, &shared.table)?;
+        let pool = Pool {
+            base_ptr: base.address(),
+            ring_ptr: ring.address(),
+            head: 0,
+            tail: self.plan.private_frames.into(),
+            capacity: self.plan.private_frames.max(1),
+            shared_frames: shared.count,
+            code_of_ptr: code_of.address(),
+            code_frame_ptr: code_frame.address(),
+            code_ptr: code.address(),
+            code_pages_per_vm: self.plan.code_pages_per_vm,
+            reserved: 0,
+        };
+        Ok(self.pool.write(&stream, 0, &[pool])?)
+    }
+
+    /// Writes the VMs' first states and tables.
+    fn set_up(&self, config: &Config, setup: &Function) -> Result<(), Error> {
+        let keys = start::entropy_keys(config.seed, self.range.clone()).map_err(Error::Entropy)?;
+        let vms: Vec<Vm> =
+            keys.into_iter().zip(0..).map(|(key, index)| self.first_state(config, index, key)).collect();
+        let stream = crate::fleet::lock(&self.control);
+        self.vms.write(&stream, 0, &vms)?;
+        let count = vms.len() as u32;
+        let mut arguments = [
+            Argument::Address(self.vms.address()),
+            Argument::Address(self.tables.address()),
+            Argument::Address(self.first_table.address()),
+            Argument::Address(self.pool.address()),
+            Argument::Word(0),
+            Argument::Word(count),
+        ];
+        stream.launch(setup, count, SETUP_THREADS, &mut arguments)?;
+        Ok(stream.wait()?)
+    }
+
+    fn first_state(&self, config: &Config, index: u32, key: [u64; 2]) -> Vm {
+        let table = self.tables.address() + u64::from(index) * u64::from(self.pages) * 4;
+        let identity = Identity { number: self.range.start + index, index, table, key };
+        start::vm(&config.boot, self.pages, config.epoch_ns, identity)
+    }
+
+    /// Puts a VM, which is in no launch, back to its state before the first instruction.
+    pub fn reset(&self, config: &Config, index: u32) -> Result<(), Error> {
+        let number = self.range.start + index;
+        let keys = start::entropy_keys(config.seed, number..number + 1).map_err(Error::Entropy)?;
+        let state = self.first_state(config, index, keys[0]);
+        let _alone = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.context.make_current()?;
+        let stream = crate::fleet::lock(&self.control);
+        let mut arguments = [
+            Argument::Address(self.vms.address()),
+            Argument::Address(self.pool.address()),
+            Argument::Address(self.first_table.address()),
+            Argument::Word(index),
+        ];
+        stream.launch(&self.reset, 1, SETUP_THREADS, &mut arguments)?;
+        self.vms.write(&stream, u64::from(index) * size_of::<Vm>() as u64, &[state])?;
+        self.known[index as usize].update(&SliceResult::default());
+        Ok(())
+    }
+}
+
+impl Device {
+    /// The state of a VM that is in no launch.
+    pub fn state(&self, index: u32) -> Result<Vm, CallError> {
+        self.context.make_current()?;
+        let stream = crate::fleet::lock(&self.control);
+        // SAFETY: a `Vm` is integers and arrays of them; the array was filled by `set_up`.
+        unsafe {
+            let mut vm = [std::mem::zeroed::<Vm>()];
+            self.vms.read(&stream, u64::from(index) * size_of::<Vm>() as u64, &mut vm)?;
+            Ok(vm[0])
+        }
+    }
+
+    /// All RAM of a VM that is in no launch.
+    pub fn ram(&self, index: u32) -> Result<Vec<u8>, CallError> {
+        self.context.make_current()?;
+        let stream = crate::fleet::lock(&self.control);
+        let mut table = vec![0u32; self.pages as usize];
+        let mut ram = vec![0u8; self.pages as usize * FRAME_BYTES as usize];
+        // SAFETY: plain integers; the tables were filled by `set_up`, and frames that they name by `fill` or a guest.
+        unsafe {
+            self.tables.read(&stream, u64::from(index) * u64::from(self.pages) * 4, &mut table)?;
+            for (entry, page) in table.iter().zip(ram.chunks_exact_mut(FRAME_BYTES as usize)) {
+                let frame = u64::from(entry & FRAME_MASK);
+                self._memory[0].read(&stream, frame * u64::from(FRAME_BYTES), page)?;
+            }
+        }
+        Ok(ram)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_fleets_get_fewer_registers() {
+        assert_eq!([1, 132, 1024, 2112].map(|vms| registers(vms, 132)), [96; 4]);
+        assert_eq!([2113, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
+        assert_eq!(registers(1024, 20), 64);
+        assert_eq!(registers(1, 0), 96);
+    }
+}

@@ -1,0 +1,163 @@
+//! One queue of launches on a device. Each device has two: while one half of its VMs runs, the host looks after what
+//! the other half has left in its mailboxes.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use super::device::Device;
+use super::driver::{Argument, CallError, Pinned, Stream};
+use super::pace::Pace;
+use crate::abi::{GpuSlice, SliceResult};
+use crate::backend::{Engine, EngineError, Slice};
+
+/// How long a launch is waited for without sleeping.
+const SPIN: Duration = Duration::from_micros(200);
+/// Between two looks at a longer one.
+const NAP: Duration = Duration::from_micros(50);
+/// Marks a result that no warp has written.
+const NOT_WRITTEN: u32 = u32::MAX;
+/// VMs that the message about a fault names.
+const NAMED: usize = 8;
+
+/// One queue of launches.
+pub(super) struct CudaEngine {
+    device: Arc<Device>,
+    part: usize,
+    stream: Stream,
+    list: Pinned<GpuSlice>,
+    results: Pinned<SliceResult>,
+    batch: u32,
+    warps_per_block: u32,
+    pace: Pace,
+}
+
+impl CudaEngine {
+    pub fn new(
+        device: Arc<Device>,
+        part: usize,
+        batch: u32,
+        warps_per_block: u32,
+        target: Duration,
+    ) -> Result<Self, CallError> {
+        device.context.make_current()?;
+        Ok(Self {
+            stream: Stream::new(&device.context)?,
+            list: Pinned::new(&device.context, batch as usize)?,
+            results: Pinned::new(&device.context, batch as usize)?,
+            device,
+            part,
+            batch,
+            warps_per_block: warps_per_block.clamp(1, 32),
+            pace: Pace::new(target),
+        })
+    }
+
+    fn write_list(&self, slices: &[Slice]) -> Result<(), EngineError> {
+        let range = &self.device.range;
+        for (i, slice) in slices.iter().enumerate() {
+            if i >= self.list.count() || !range.contains(&slice.vm) {
+                let (vm, batch) = (slice.vm, self.batch);
+                return Err(EngineError(format!("VM {vm} in a list of {batch} for VMs {range:?}")));
+            }
+            let entry = GpuSlice { vm: slice.vm - range.start, reserved: 0, request: slice.request };
+            // SAFETY: in bounds, and no launch reads the list now.
+            unsafe {
+                self.list.as_ptr().add(i).write_volatile(entry);
+                (&raw mut (*self.results.as_ptr().add(i)).exit).write_volatile(NOT_WRITTEN);
+            }
+        }
+        Ok(())
+    }
+
+    fn launch(&self, count: u32) -> Result<(), CallError> {
+        self.device.context.make_current()?;
+        let device = &self.device;
+        let mut arguments = [
+            Argument::Address(device.vms.address()),
+            Argument::Address(device.pool.address()),
+            Argument::Address(device.mail.address()),
+            Argument::Address(self.list.address()),
+            Argument::Word(count),
+            Argument::Address(self.results.address()),
+        ];
+        let blocks = count.div_ceil(self.warps_per_block);
+        self.stream.launch(&device.run, blocks, self.warps_per_block * 32, &mut arguments)
+    }
+
+    /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after.
+    fn wait(&self, began: Instant) -> Result<(), CallError> {
+        while !self.stream.is_done()? {
+            if began.elapsed() < SPIN { std::hint::spin_loop() } else { std::thread::sleep(NAP) }
+        }
+        Ok(())
+    }
+
+    fn result(&self, i: usize) -> SliceResult {
+        debug_assert!(i < self.results.count());
+        // SAFETY: in bounds; the launch has ended, or has faulted and writes no more.
+        unsafe { self.results.as_ptr().add(i).read_volatile() }
+    }
+
+    /// What is known of a launch that the device could not finish.
+    fn fault(&self, slices: &[Slice], error: &CallError) -> EngineError {
+        let properties = self.device.context.properties();
+        let mut text = format!("GPU {} ({}): {error}", properties.ordinal, properties.name);
+        let unfinished: Vec<u32> = (0..slices.len().min(self.results.count()))
+            .filter(|i| self.result(*i).exit == NOT_WRITTEN)
+            .map(|i| slices[i].vm)
+            .collect();
+        // Writing to a string can't fail.
+        let _ = write!(text, "; {} of {} slices were not finished", unfinished.len(), slices.len());
+        for vm in unfinished.iter().take(NAMED) {
+            let known = &self.device.known[(vm - self.device.range.start) as usize];
+            let _ = write!(
+                text,
+                "; VM {vm} began at pc {:#010x}, its last trap had cause {:#x} at {:#010x}",
+                known.pc.load(Relaxed),
+                known.cause.load(Relaxed),
+                known.epc.load(Relaxed),
+            );
+        }
+        EngineError(text)
+    }
+}
+
+impl Engine for CudaEngine {
+    fn batch(&self) -> usize {
+        self.batch as usize
+    }
+
+    fn part(&self) -> usize {
+        self.part
+    }
+
+    fn budget(&self) -> Option<u64> {
+        Some(self.pace.budget())
+    }
+
+    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+        if slices.is_empty() {
+            return Ok(());
+        }
+        self.write_list(slices)?;
+        let device = Arc::clone(&self.device);
+        let _launching = device.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let began = Instant::now();
+        let ran = self.launch(slices.len() as u32).and_then(|()| self.wait(began));
+        let took = began.elapsed();
+        ran.map_err(|error| self.fault(slices, &error))?;
+        let first = results.len();
+        for (i, slice) in slices.iter().enumerate() {
+            let result = self.result(i);
+            if result.exit == NOT_WRITTEN {
+                return Err(EngineError(format!("the device left out the slice of VM {}", slice.vm)));
+            }
+            self.device.known[(slice.vm - self.device.range.start) as usize].update(&result);
+            results.push(result);
+        }
+        self.pace.learn(took, &results[first..]);
+        Ok(())
+    }
+}

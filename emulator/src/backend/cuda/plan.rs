@@ -1,0 +1,164 @@
+//! What goes where in a device's memory, and how many VMs fit. Pure arithmetic.
+
+use crate::abi::{CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, FRAME_MASK, Pool, Vm};
+
+/// Code pages take this share of the memory at most, in percent.
+const CODE_PERCENT: u64 = 15;
+/// Code pages that a VM has at least: below, the VM spends its time decoding.
+const CODE_PAGES_LEAST: u32 = 8;
+/// Left to the driver: stacks of the kernels, other programs' small needs.
+const RESERVE_BYTES: u64 = 512 << 20;
+/// On a small device, at most this share of what is free, in percent.
+const RESERVE_PERCENT: u64 = 10;
+/// RAM that a guest is taken to write at least: a fleet that can't have it is refused.
+const WRITTEN_LEAST: u64 = 1 << 20;
+/// A frame with its entries in the ring and in the code table.
+const FRAME_COST: u64 = FRAME_BYTES as u64 + 4 + 4;
+/// A code page with its frame's number.
+const CODE_COST: u64 = CODE_PAGE_BYTES as u64 + 4;
+
+/// What is to go in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// VMs on this device.
+    pub vms: u32,
+    /// Pages of each VM's RAM.
+    pub pages: u32,
+    /// Frames that all VMs share.
+    pub shared_frames: u32,
+}
+
+/// How a device's memory is shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Frames that the VMs may have for themselves, all together.
+    pub private_frames: u32,
+    /// Code pages of each VM.
+    pub code_pages_per_vm: u32,
+    /// Bytes of device memory in all.
+    pub bytes: u64,
+}
+
+/// The VMs don't fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoesNotFit {
+    /// VMs that do.
+    pub fits: u32,
+}
+
+impl Demand {
+    /// Shares out `free` bytes; `most_frames` limits the private frames further.
+    pub fn plan(&self, free: u64, most_frames: Option<u32>) -> Result<Plan, DoesNotFit> {
+        if let Some(plan) = self.try_plan(free, most_frames) {
+            return Ok(plan);
+        }
+        let (mut fits, mut too_many) = (0, self.vms);
+        while too_many - fits > 1 {
+            let vms = fits + (too_many - fits) / 2;
+            match (Self { vms, ..*self }).try_plan(free, most_frames) {
+                Some(_) => fits = vms,
+                None => too_many = vms,
+            }
+        }
+        Err(DoesNotFit { fits })
+    }
+
+    fn try_plan(&self, free: u64, most_frames: Option<u32>) -> Option<Plan> {
+        let (vms, pages) = (u64::from(self.vms), u64::from(self.pages));
+        let usable = free - RESERVE_BYTES.min(free / 100 * RESERVE_PERCENT);
+        // Tables: one for each VM, and the first one.
+        let fixed = vms * size_of::<Vm>() as u64 + (vms + 1) * pages * 4 + size_of::<Pool>() as u64;
+        let shared = u64::from(self.shared_frames) * (FRAME_COST + CODE_COST);
+        let rest = usable.checked_sub(fixed + shared)?;
+        let code_pages = (rest / 100 * CODE_PERCENT / CODE_COST / vms.max(1))
+            .clamp(u64::from(CODE_PAGES_LEAST), u64::from(CODE_PAGES_PER_VM));
+        let code = vms * code_pages * CODE_COST;
+        let rest = rest.checked_sub(code)?;
+        let numbers = u64::from(FRAME_MASK) - u64::from(self.shared_frames);
+        let frames =
+            (rest / FRAME_COST).min(vms * pages).min(numbers).min(most_frames.map_or(u64::MAX, u64::from));
+        let least = vms * pages.min(WRITTEN_LEAST / u64::from(FRAME_BYTES));
+        if most_frames.is_none() && frames < least {
+            return None;
+        }
+        let bytes = fixed + shared + code + frames * FRAME_COST;
+        Some(Plan { private_frames: frames as u32, code_pages_per_vm: code_pages as u32, bytes })
+    }
+}
+
+/// Splits VMs 0..vms into contiguous parts, one a device, in proportion to the devices' free memory.
+pub fn split(vms: u32, free: &[u64]) -> Vec<std::ops::Range<u32>> {
+    let total: u128 = free.iter().map(|bytes| u128::from(*bytes)).sum::<u128>().max(1);
+    let mut sum = 0u128;
+    let mut start = 0;
+    let mut parts: Vec<_> = free
+        .iter()
+        .map(|bytes| {
+            sum += u128::from(*bytes);
+            let end = (u128::from(vms) * sum).div_ceil(total).min(u128::from(vms)) as u32;
+            let part = start..end.max(start);
+            start = part.end;
+            part
+        })
+        .collect();
+    if let Some(last) = parts.last_mut() {
+        last.end = vms;
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn demand(vms: u32) -> Demand {
+        Demand { vms, pages: 4096, shared_frames: 900 }
+    }
+
+    #[test]
+    fn a_small_fleet_gets_all_it_could_ever_use() {
+        let plan = demand(64).plan(78 * GIB, None).unwrap();
+        assert_eq!(plan.private_frames, 64 * 4096);
+        assert_eq!(plan.code_pages_per_vm, CODE_PAGES_PER_VM);
+        assert!(plan.bytes < 2 * GIB);
+    }
+
+    #[test]
+    fn a_large_fleet_shares_what_there_is() {
+        for vms in [8192, 24_576] {
+            let plan = demand(vms).plan(78 * GIB, None).unwrap();
+            assert!(plan.private_frames < vms * 4096);
+            assert!(plan.bytes <= 78 * GIB - RESERVE_BYTES);
+            assert!(plan.bytes > 76 * GIB);
+            let code = u64::from(vms) * u64::from(plan.code_pages_per_vm) * CODE_COST;
+            assert!(code <= 12 * GIB && plan.code_pages_per_vm >= 32, "{plan:?}");
+        }
+        assert_eq!(demand(24_576).plan(78 * GIB, Some(500)).unwrap().private_frames, 500);
+    }
+
+    #[test]
+    fn too_many_are_told_how_many_fit() {
+        let DoesNotFit { fits } = demand(200_000).plan(8 * GIB, None).unwrap_err();
+        assert!((5_000..8_000).contains(&fits), "{fits}");
+        assert!(demand(fits).plan(8 * GIB, None).is_ok());
+        assert!(demand(fits + 1).plan(8 * GIB, None).is_err());
+        assert_eq!(demand(1).plan(1 << 20, None), Err(DoesNotFit { fits: 0 }));
+    }
+
+    #[test]
+    fn vms_are_split_by_memory_without_gap_or_overlap() {
+        assert_eq!(split(10, &[5]), vec![0..10u32; 1]);
+        assert_eq!(split(10, &[5, 5]), [0..5, 5..10]);
+        assert_eq!(split(1, &[5, 5, 5]), vec![0..1u32; 1]);
+        assert_eq!(split(9, &[80 * GIB, 40 * GIB]), [0..6, 6..9]);
+        for vms in [1, 2, 7, 1000, 32_768] {
+            let parts = split(vms, &[3, 1, 4, 1, 5]);
+            assert_eq!(parts.first().map(|part| part.start), Some(0));
+            assert_eq!(parts.last().map(|part| part.end), Some(vms));
+            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+        }
+    }
+}
