@@ -144,7 +144,8 @@ fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
     if let Some(out) = child.stdout.take() {
         for line in BufReader::new(out).lines().map_while(Result::ok) {
             tally.read(&line);
-            if !(line.starts_with("test ") && line.ends_with(" ... ok")) && !line.trim().is_empty() {
+            let passed = line.starts_with("test ") && line.ends_with(" ... ok");
+            if !(passed || line.trim().is_empty()) {
                 println!("{line}");
             }
         }
