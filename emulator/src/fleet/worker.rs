@@ -119,7 +119,11 @@ impl Shared {
                                 self.been_ready.fetch_add(1, SeqCst);
                             }
                             if self.config.time == TimeMode::Real {
-                                record.clock.follow_wall(Instant::now(), result.time_ticks);
+                                record.clock.follow_wall(
+                                    self.config.epoch,
+                                    Instant::now(),
+                                    result.time_ticks,
+                                );
                             }
                             self.changed();
                         } else {
