@@ -18,7 +18,7 @@ macro_rules! layouts {
         );
         $(let _ = writeln!(
             $out,
-            "static_assert(__builtin_offsetof({0}, {1}) == {2}, \"{0}.{1}\");",
+            "ABI_OFFSET({0}, {1}, {2});",
             stringify!($name), stringify!($field), std::mem::offset_of!(abi::$name, $field),
         );)*
     )*};
@@ -43,7 +43,12 @@ const STRUCTURES: [&str; 14] = [
 ];
 
 fn layout_assertions() -> String {
-    let mut out = String::from("\n");
+    // NVRTC before 13.1 has no offsetof; sizes are asserted there, and offsets by every host compiler.
+    let mut out = String::from(
+        "\n#if defined(__CUDACC_RTC__)\n#define ABI_OFFSET(type, field, bytes)\n#else\n\
+         #define ABI_OFFSET(type, field, bytes) \\\n    \
+         static_assert(__builtin_offsetof(type, field) == bytes, #type \".\" #field)\n#endif\n",
+    );
     layouts! { out,
         Hart { x, pc, steps, trapped, mode, sstatus, sie, sip, stvec, scounteren, senvcfg, sscratch, sepc, scause, stval, satp, reservation, waiting, stimecmp, time_base, time_shift, time_mode, entropy_key, entropy_count, last_trap, reserved }
         Plic { priority, level, pending, claimed, enable, threshold, reserved }

@@ -1,5 +1,11 @@
 //! Code that changes: by itself, by a device, by eviction; with FENCE.I the change is seen, without it nothing breaks.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

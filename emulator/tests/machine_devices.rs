@@ -1,5 +1,11 @@
 //! PLIC, UART and clock from the driver's side, register by register.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

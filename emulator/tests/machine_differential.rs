@@ -5,6 +5,12 @@
 //! LR and SC, branches both ways, jumps, AUIPC), stores its registers to the block and falls into the next one.
 //! Afterwards the blocks must be equal. MACHINE_SEED explores other programs, MACHINE_PROGRAMS more of them.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use std::io::Read as _;

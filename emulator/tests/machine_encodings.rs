@@ -1,6 +1,12 @@
 //! Which instruction words exist: the whole opcode, funct3 and funct7 space, all CSR numbers and all SYSTEM
 //! encodings, against tables of masks and matches written from the instruction listings.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

@@ -1,5 +1,11 @@
 //! Guest RAM as frames: sharing, copy-on-write, and a pool that runs dry.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

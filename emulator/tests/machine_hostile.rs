@@ -1,6 +1,12 @@
 //! A guest that lies: random rings, registers and code. It may hurt itself and nobody else, and its devices work
 //! again after a reset.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

@@ -1,5 +1,11 @@
 //! virtio-net with a driver that behaves: negotiation, queues, chains of any shape, back-pressure, errors, reset.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::net::*;

@@ -1,6 +1,5 @@
 //! The machine's headers compile for every supported GPU, without one, and what they need there.
 #![allow(clippy::unwrap_used, reason = "it is part of tests")]
-
 use std::path::PathBuf;
 
 use emulator::backend::nvrtc::{Compiler, Error, HEADERS};

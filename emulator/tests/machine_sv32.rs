@@ -1,6 +1,12 @@
 //! Sv32 against a model of its own: every combination of PTE bits, mode, SUM, MXR, access and page size; faults;
 //! accessed and dirty bits; and cached translations under remapping, aliasing and copy-on-write.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::precedence,
+    reason = "tests; bit fields as the specifications write them"
+)]
+
 mod common;
 
 use common::asm::*;

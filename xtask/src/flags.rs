@@ -29,6 +29,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor,
+    /// Run all checks and tests; installs what they need, and says what it skips and why.
+    Test(TestArgs),
 }
 
 /// Arguments that say which image; shared by all commands that need one.
@@ -176,6 +178,18 @@ pub struct StatusArgs {
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
+}
+
+/// `cargo xtask test`.
+#[derive(Debug, Args)]
+pub struct TestArgs {
+    /// Skip what needs a guest image: seconds instead of minutes when none is built yet.
+    #[arg(long)]
+    pub no_guest: bool,
+
+    /// Install nothing; skip the tests whose tools are missing.
+    #[arg(long)]
+    pub no_install: bool,
 }
 
 /// The emulator reads the value; a mistake should not wait for it.

@@ -6,6 +6,7 @@ mod flags;
 mod image;
 mod repo;
 mod run;
+mod test;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
         Command::Doctor => doctor::command(),
+        Command::Test(args) => test::command(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -185,11 +185,18 @@ impl CpuMachines {
 
     /// Reads guest-physical memory of a VM that is not in an engine; zeroes beyond its RAM.
     pub fn read_ram(&self, vm: u32, address: u32, bytes: &mut [u8]) {
-        for (i, byte) in bytes.iter_mut().enumerate() {
-            *byte = self.inner.ram_at(vm, address.wrapping_add(i as u32)).map_or(0, |at| {
-                // SAFETY: `ram_at` returns addresses within the pool.
-                unsafe { at.read() }
-            });
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = address.wrapping_add(done as u32);
+            let run = (FRAME_BYTES - at % FRAME_BYTES) as usize;
+            let run = run.min(bytes.len() - done);
+            let to = &mut bytes[done..done + run];
+            match self.inner.ram_at(vm, at) {
+                // SAFETY: `ram_at` returns an address within a frame of the pool, good to the frame's end.
+                Some(from) => unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), run) },
+                None => to.fill(0),
+            }
+            done += run;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A bench for the machine: RAM with hand-assembled code, exact steps, and accesses from the driver's side.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "it is part of tests")]
 
 pub mod asm;
 pub mod net;
@@ -55,7 +56,7 @@ impl Bench {
             pieces.into_iter().map(|(address, bytes)| Piece { name: "test", address, bytes }).collect();
         let boot = Arc::new(BootMemory { ram_bytes: ram.into(), entry, dtb_address: 0, pieces });
         let config = Config {
-            boot: boot.into(),
+            boot,
             vms,
             threads: 1,
             private_frames: private,

