@@ -17,6 +17,8 @@ use crate::fleet::sched::{Class, Turn};
 use crate::fleet::vm::Life;
 use crate::fleet::{Shared, lock};
 
+/// Instructions after which a guest is typed to though it is not ready: somebody may want to know why.
+const LONG_BOOT: u64 = 200_000_000;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
@@ -103,6 +105,10 @@ impl Shared {
             if let Some(logs) = &self.logs {
                 logs.append(vm, &scratch.output);
             }
+        }
+        // READY, or a guest that waits for input, or one that will hardly become ready any more.
+        if !scratch.marks.is_empty() || result.exit == EXIT_IDLE || result.instret > LONG_BOOT {
+            state.console.let_in();
         }
         let typed = state.console.refill(mailbox);
         let frames = self.settle_frames(vm, scratch);
