@@ -139,10 +139,9 @@ FN u64 warp_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
 FN u64 warp_encode(Uop u) {
     u32 op = u.op;
     switch (op) {
-#define ALU(name, detail)                                                                                    \
-    case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, u.rs2, 0);                                  \
-        #define ALU_IMM(name, detail)                                                                        \
-    case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, 0, u.imm);
+// clang-format off
+#define ALU(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, u.rs2, 0);
+#define ALU_IMM(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, 0, u.imm);
         ALU(ADD, A_ADD)
         ALU(SUB, A_SUB)
         ALU(AND, A_AND)
@@ -166,6 +165,7 @@ FN u64 warp_encode(Uop u) {
         ALU_IMM(AUIPC, A_AUIPC)
 #undef ALU
 #undef ALU_IMM
+        // clang-format on
     case OP_LB:
         return warp_word(W_LOAD, 0 | 4, u.rd, u.rs1, 0, u.imm); // bits 1:0 log2 of the size, bit 2 signed
     case OP_LH: return warp_word(W_LOAD, 1 | 4, u.rd, u.rs1, 0, u.imm);

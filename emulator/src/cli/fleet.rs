@@ -15,6 +15,7 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::ports;
 use emulator::net::user::{Config as BridgeConfig, UserBridge};
 use emulator::report::{Failure, Report};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
@@ -109,14 +110,17 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
-    let mut bridge = match args.net {
-        NetMode::Off => None,
-        NetMode::User => {
-            Some(UserBridge::bind(BridgeConfig::new(args.port_base, args.vms)).into_diagnostic()?)
-        }
-    };
+    let ports = BridgeConfig::new(args.port_base, args.vms);
+    if args.net == NetMode::User {
+        ports::check(&ports.ports).into_diagnostic()?;
+    }
+    // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
+    let mut bridge = match args.net {
+        NetMode::Off => None,
+        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
+    };
     let fleet = Arc::new(make_fleet(args, started, &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),

@@ -8,11 +8,10 @@
 use std::fs;
 use std::path::Path;
 
-use crate::abi::{FRAME_BYTES, Mailbox, Vm};
+use crate::abi::{CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, Mailbox, Vm};
 
-/// Host memory a VM needs apart from its RAM and the ABI's structures: console tail, scheduler entry, log buffers, and
-/// decoded instructions of code pages that it does not share.
-const HOST_BYTES: u64 = 64 * 1024;
+/// Host memory a VM needs apart from its RAM and the ABI's structures: console tail, scheduler entry, log buffers.
+const HOST_BYTES: u64 = 16 * 1024;
 /// Memory left to the operating system and to this program, in percent.
 const LEFT_PERCENT: u64 = 10;
 
@@ -54,7 +53,8 @@ impl Capacity {
     pub fn new(ram: u64, available: u64) -> Self {
         let structures = size_of::<Vm>() as u64 + size_of::<Mailbox>() as u64;
         let table = ram / u64::from(FRAME_BYTES) * 4;
-        let overhead = structures + table + HOST_BYTES;
+        let code = u64::from(CODE_PAGES_PER_VM) * u64::from(CODE_PAGE_BYTES);
+        let overhead = structures + table + code + HOST_BYTES;
         Self {
             available,
             overhead_per_vm: overhead,
@@ -180,7 +180,7 @@ mod tests {
     fn a_fleet_beyond_memory_is_told_how_many_fit() {
         let capacity = Capacity::new(8 << 20, 1 << 30);
         let fits = capacity.fits();
-        assert!((230..256).contains(&fits), "{fits}");
+        assert!((150..256).contains(&fits), "{fits}");
         assert_eq!(capacity.check(fits as u32, 8 << 20), Ok(false));
         assert_eq!(capacity.check(100, 8 << 20), Ok(true));
         let error = capacity.check(fits as u32 + 1, 8 << 20).unwrap_err();

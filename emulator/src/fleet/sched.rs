@@ -1,4 +1,4 @@
-//! Which VM runs next: two queues of runnable VMs, timers of sleeping ones, and no lost wake-ups.
+//! Which VM runs next: queues of runnable VMs, timers of sleeping ones, and no lost wake-ups.
 //!
 //! All transitions happen under one lock. A wake-up that comes while a VM runs is remembered in `pending`, and the
 //! end of that slice turns it into another turn, so nothing is lost between "the guest went idle" and "the VM sleeps".
@@ -10,8 +10,21 @@ use std::time::Instant;
 
 use crate::fleet::lock;
 
-/// Of so many turns, the last goes to a VM that used up its budget, even if freshly woken ones wait.
+/// Of so many turns, the last goes to a VM that boots or computes, even if freshly woken ones wait.
 const BULK_SHARE: u32 = 4;
+/// Slices in a row that a booting VM may have. On a core a whole boot takes fewer; one that hangs must not keep it.
+const BOOT_SLICES: u32 = 64;
+
+/// Why a VM is runnable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// It was woken: somebody may wait for an answer.
+    Fresh,
+    /// It used up its budget and goes to the end of the queue.
+    Bulk,
+    /// It boots. One boot after the other keeps caches warm, and the first VMs serve early.
+    Boot,
+}
 
 /// What a VM is doing, as the scheduler sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,14 +46,16 @@ pub enum Activity {
 pub struct Turn {
     /// VM number.
     pub vm: u32,
-    /// The VM used up its last budget: it wants throughput, not latency.
-    pub bulk: bool,
+    /// Why it is runnable.
+    pub class: Class,
 }
 
 #[derive(Clone)]
 struct Entry {
     activity: Activity,
-    bulk: bool,
+    class: Class,
+    /// Slices in a row as [`Class::Boot`].
+    boot_slices: u32,
     pending: bool,
     paused: bool,
     deadline: Option<Instant>,
@@ -52,6 +67,8 @@ struct Inner {
     fresh: VecDeque<u32>,
     /// VMs that used up their budget.
     bulk: VecDeque<u32>,
+    /// VMs that boot.
+    boot: VecDeque<u32>,
     /// At most one entry a VM, so guests can't make it grow.
     timers: BTreeSet<(Instant, u32)>,
     /// Workers that wait for work.
@@ -69,7 +86,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// A scheduler of VMs that are all runnable. `parts` follow each other from VM 0 on.
+    /// A scheduler of VMs that are all to be booted. `parts` follow each other from VM 0 on.
     pub fn new(parts: &[Range<u32>]) -> Self {
         Self { queues: parts.iter().map(|part| (part.start, Queue::new(part.len() as u32))).collect() }
     }
@@ -103,9 +120,9 @@ impl Scheduler {
     }
 
     /// The VM's slice ended with work left.
-    pub fn requeue(&self, vm: u32, bulk: bool) {
+    pub fn requeue(&self, vm: u32, class: Class) {
         let (queue, vm) = self.queue(vm);
-        queue.requeue(vm, bulk);
+        queue.requeue(vm, class);
     }
 
     /// The VM never runs again. Only for a VM that is running, or in the tests.
@@ -148,13 +165,20 @@ struct Queue {
 
 impl Queue {
     fn new(vms: u32) -> Self {
-        let entry =
-            Entry { activity: Activity::Queued, bulk: true, pending: false, paused: false, deadline: None };
+        let entry = Entry {
+            activity: Activity::Queued,
+            class: Class::Boot,
+            boot_slices: 0,
+            pending: false,
+            paused: false,
+            deadline: None,
+        };
         Self {
             inner: Mutex::new(Inner {
                 vms: vec![entry; vms as usize],
                 fresh: VecDeque::new(),
-                bulk: (0..vms).collect(),
+                bulk: VecDeque::new(),
+                boot: (0..vms).collect(),
                 timers: BTreeSet::new(),
                 idle: 0,
                 watched: None,
@@ -209,17 +233,17 @@ impl Queue {
         let entry = &mut inner.vms[vm as usize];
         debug_assert_eq!(entry.activity, Activity::Running);
         if std::mem::take(&mut entry.pending) {
-            inner.enqueue(vm, false);
+            inner.enqueue(vm, Class::Fresh);
         } else {
             entry.activity = Activity::Sleeping;
             inner.set_timer(vm, deadline);
         }
     }
 
-    fn requeue(&self, vm: u32, bulk: bool) {
+    fn requeue(&self, vm: u32, class: Class) {
         let mut inner = lock(&self.inner);
         inner.vms[vm as usize].pending = false;
-        inner.enqueue(vm, bulk);
+        inner.enqueue(vm, class);
     }
 
     fn retire(&self, vm: u32) {
@@ -237,7 +261,7 @@ impl Queue {
         let entry = &mut inner.vms[vm as usize];
         entry.paused = false;
         if entry.activity == Activity::Sleeping && std::mem::take(&mut entry.pending) {
-            inner.enqueue(vm, false);
+            inner.enqueue(vm, Class::Fresh);
             if inner.idle > 0 {
                 self.work.notify_one();
             }
@@ -261,7 +285,7 @@ impl Queue {
 
 impl Inner {
     fn has_work(&self) -> bool {
-        !self.fresh.is_empty() || !self.bulk.is_empty()
+        !(self.fresh.is_empty() && self.bulk.is_empty() && self.boot.is_empty())
     }
 
     /// The next timer, unless an idle worker watches it or an earlier one.
@@ -287,7 +311,7 @@ impl Inner {
         let entry = &mut self.vms[vm as usize];
         match entry.activity {
             Activity::Sleeping => {
-                self.enqueue(vm, false);
+                self.enqueue(vm, Class::Fresh);
                 true
             }
             Activity::Running => {
@@ -298,7 +322,7 @@ impl Inner {
         }
     }
 
-    fn enqueue(&mut self, vm: u32, bulk: bool) {
+    fn enqueue(&mut self, vm: u32, class: Class) {
         let entry = &mut self.vms[vm as usize];
         if entry.paused {
             entry.activity = Activity::Sleeping;
@@ -306,19 +330,39 @@ impl Inner {
             return;
         }
         entry.activity = Activity::Queued;
-        entry.bulk = bulk;
-        if bulk { &mut self.bulk } else { &mut self.fresh }.push_back(vm);
+        entry.class = class;
+        match class {
+            Class::Fresh => self.fresh.push_back(vm),
+            Class::Bulk => self.bulk.push_back(vm),
+            Class::Boot if entry.boot_slices < BOOT_SLICES => {
+                entry.boot_slices += 1;
+                self.boot.push_front(vm);
+            }
+            Class::Boot => {
+                entry.boot_slices = 0;
+                self.boot.push_back(vm);
+            }
+        }
+    }
+
+    fn next(&mut self) -> Option<u32> {
+        self.turns = self.turns.wrapping_add(1);
+        if !self.turns.is_multiple_of(BULK_SHARE)
+            && let Some(vm) = self.fresh.pop_front()
+        {
+            return Some(vm);
+        }
+        // Those that compute and those that boot share what is left.
+        let (first, second) = match self.turns / BULK_SHARE % 2 {
+            0 => (&mut self.bulk, &mut self.boot),
+            _ => (&mut self.boot, &mut self.bulk),
+        };
+        first.pop_front().or_else(|| second.pop_front()).or_else(|| self.fresh.pop_front())
     }
 
     fn pick(&mut self, max: usize, turns: &mut Vec<Turn>) {
         while turns.len() < max {
-            self.turns = self.turns.wrapping_add(1);
-            let bulk_first = self.turns.is_multiple_of(BULK_SHARE);
-            let next = match bulk_first {
-                true => self.bulk.pop_front().or_else(|| self.fresh.pop_front()),
-                false => self.fresh.pop_front().or_else(|| self.bulk.pop_front()),
-            };
-            let Some(vm) = next else { break };
+            let Some(vm) = self.next() else { break };
             let entry = &mut self.vms[vm as usize];
             if entry.paused {
                 entry.activity = Activity::Sleeping;
@@ -326,7 +370,7 @@ impl Inner {
                 continue;
             }
             entry.activity = Activity::Running;
-            turns.push(Turn { vm, bulk: entry.bulk });
+            turns.push(Turn { vm, class: entry.class });
         }
     }
 
@@ -362,9 +406,11 @@ mod tests {
     fn runs_in_order_and_skips_sleepers() {
         let s = whole(3);
         assert_eq!([next(&s), next(&s)], [0, 1]);
-        s.requeue(0, true);
+        s.requeue(0, Class::Bulk);
         s.park(1, None);
-        assert_eq!([next(&s), next(&s)], [2, 0]);
+        let mut others = [next(&s), next(&s)];
+        others.sort_unstable();
+        assert_eq!(others, [0, 2]);
         s.wake(1);
         assert_eq!(next(&s), 1);
     }
@@ -386,6 +432,51 @@ mod tests {
         assert_eq!(turns.iter().map(|turn| turn.vm).collect::<Vec<_>>(), [3]);
         s.stop();
         assert!(!s.take(0, 1, &mut turns) && !s.take(1, 1, &mut turns));
+    }
+
+    #[test]
+    fn boots_go_one_after_the_other_but_none_keeps_the_core() {
+        let s = whole(3);
+        for vm in [0, 1] {
+            for _ in 0..10 {
+                assert_eq!(next(&s), vm);
+                s.requeue(vm, Class::Boot);
+            }
+            assert_eq!(next(&s), vm);
+            s.park(vm, None);
+        }
+        let hangs = next(&s);
+        assert_eq!(hangs, 2);
+        s.requeue(hangs, Class::Boot);
+        // Others compute and answer meanwhile.
+        s.wake(0);
+        s.wake(1);
+        let mut slices = [0; 3];
+        for _ in 0..400 {
+            let vm = next(&s);
+            slices[vm as usize] += 1;
+            match vm {
+                0 => s.requeue(vm, Class::Bulk),
+                1 => {
+                    s.park(vm, None);
+                    s.wake(vm);
+                }
+                _ => s.requeue(vm, Class::Boot),
+            }
+        }
+        assert!(slices[0] >= 50 && slices[1] >= 290 && slices[2] >= 50, "{slices:?}");
+    }
+
+    #[test]
+    fn boots_that_hang_take_turns() {
+        let s = whole(2);
+        let mut slices = [0; 2];
+        for _ in 0..10 * BOOT_SLICES {
+            let vm = next(&s);
+            slices[vm as usize] += 1;
+            s.requeue(vm, Class::Boot);
+        }
+        assert!(slices.iter().all(|n| *n >= 4 * BOOT_SLICES), "{slices:?}");
     }
 
     #[test]
@@ -431,7 +522,7 @@ mod tests {
         s.resume(vm);
         assert_eq!(next(&s), vm);
         s.pause(vm);
-        s.requeue(vm, true);
+        s.requeue(vm, Class::Bulk);
         assert_eq!(s.activity(vm), Activity::Paused);
         s.resume(vm);
         assert_eq!(next(&s), vm);
@@ -448,7 +539,7 @@ mod tests {
             seen[vm as usize] += 1;
             // Half of the fleet computes, half of it sleeps and is woken at once.
             if vm < 20 {
-                s.requeue(vm, true);
+                s.requeue(vm, Class::Bulk);
             } else {
                 s.park(vm, None);
                 s.wake(vm);
@@ -457,7 +548,7 @@ mod tests {
         let (least, most) = (seen[..20].iter().min(), seen[..20].iter().max());
         assert!(least >= Some(&40) && most <= Some(&60), "computing: {seen:?}");
         let (least, most) = (seen[20..].iter().min(), seen[20..].iter().max());
-        assert!(least >= Some(&140) && most <= Some(&160), "woken: {seen:?}");
+        assert!(least >= Some(&140) && most <= Some(&170), "woken: {seen:?}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::abi::{
 use crate::backend::{Engine, EngineError, Slice};
 use crate::console::scan::Mark;
 use crate::fleet::clock::{TimeMode, Wake};
-use crate::fleet::sched::Turn;
+use crate::fleet::sched::{Class, Turn};
 use crate::fleet::vm::Life;
 use crate::fleet::{Shared, lock};
 
@@ -74,8 +74,8 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
 
 /// What happens to a VM after its slice.
 enum Next {
-    Run { bulk: bool },
-    Sleep(Wake),
+    Run(Class),
+    Sleep(Option<Instant>),
     Reboot,
     Down(Life),
 }
@@ -83,7 +83,10 @@ enum Next {
 impl Shared {
     fn slice(&self, turn: Turn, now: Instant, advice: Option<u64>) -> Slice {
         let (time_mode, now_ticks) = lock(&self.vms[turn.vm as usize].record).clock.request(now);
-        let usual = if turn.bulk { self.config.budget.bulk } else { self.config.budget.fresh };
+        let usual = match turn.class {
+            Class::Fresh => self.config.budget.fresh,
+            Class::Bulk | Class::Boot => self.config.budget.bulk,
+        };
         let budget = advice.unwrap_or(usual);
         Slice { vm: turn.vm, request: SliceRequest { budget, now_ticks, time_mode, reserved: 0 } }
     }
@@ -134,13 +137,18 @@ impl Shared {
                 }
             }
             let record = &*record;
+            let more = if record.life == Life::Booting { Class::Boot } else { Class::Bulk };
             next.unwrap_or_else(|| match result.exit {
-                EXIT_BUDGET => Next::Run { bulk: true },
+                EXIT_BUDGET => Next::Run(more),
                 // What the host had in store for the guest is in the mailbox now.
-                EXIT_IDLE if typed => Next::Run { bulk: false },
-                EXIT_IDLE => Next::Sleep(record.clock.wake_at(result.wake_ticks)),
-                EXIT_DRAIN if frames == Frames::Full => Next::Sleep(Wake::Never),
-                EXIT_DRAIN => Next::Run { bulk: true },
+                EXIT_IDLE if typed => Next::Run(Class::Fresh),
+                EXIT_IDLE => match record.clock.wake_at(result.wake_ticks) {
+                    Wake::Now => Next::Run(more),
+                    Wake::Never => Next::Sleep(None),
+                    Wake::At(at) => Next::Sleep(Some(at)),
+                },
+                EXIT_DRAIN if frames == Frames::Full => Next::Sleep(None),
+                EXIT_DRAIN => Next::Run(more),
                 EXIT_SHUTDOWN | EXIT_STOPPED => Next::Down(Life::Stopped),
                 EXIT_REBOOT => Next::Reboot,
                 EXIT_NO_FRAME => Next::Down(Life::Failed(
@@ -153,10 +161,8 @@ impl Shared {
             })
         };
         match next {
-            Next::Run { bulk } => self.sched.requeue(vm, bulk),
-            Next::Sleep(Wake::Never) => self.sched.park(vm, None),
-            Next::Sleep(Wake::At(at)) => self.sched.park(vm, Some(at)),
-            Next::Sleep(Wake::Now) => self.sched.requeue(vm, true),
+            Next::Run(class) => self.sched.requeue(vm, class),
+            Next::Sleep(until) => self.sched.park(vm, until),
             Next::Reboot => self.reboot(vm),
             Next::Down(life) => {
                 // Others can use its memory. A VM that crashed keeps it, for a look at what it did.
@@ -228,7 +234,7 @@ impl Shared {
             return;
         }
         self.changed();
-        self.sched.requeue(vm, true);
+        self.sched.requeue(vm, Class::Boot);
     }
 
     fn reset(&self, vm: u32) -> Result<(), EngineError> {

@@ -164,7 +164,7 @@ impl Step {
     }
 
     /// The error for a child that ended badly.
-    fn failed(&self, what: &str, status: &str) -> Error {
+    pub fn failed(&self, what: &str, status: &str) -> Error {
         let last = last_lines(&self.log, LAST_LINES);
         let mut text = format!("{}: could not {what} ({status})", self.title);
         if !last.is_empty() {

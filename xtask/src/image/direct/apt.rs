@@ -224,11 +224,22 @@ impl Archive {
                 let dump =
                     step.read("read apt's configuration", cmd!("apt-config", "dump").env("LC_ALL", "C"))?;
                 self.write_state(&sources, &dump)?;
-                step.run("read the package lists", self.apt("apt-get", &["-q", "update"]))
+                step.run("read the package lists", self.apt("apt-get", &["-q", "update"]))?;
+                // apt-get is content with having reached nothing at all.
+                match self.has_lists() {
+                    true => Ok(()),
+                    false => Err(step.failed("read any package list", "no archive could be reached")),
+                }
             })
             .map_err(unreachable_lists)?;
         self.fresh = true;
         Ok(())
+    }
+
+    /// Whether there are lists of any archive, from now or from before.
+    fn has_lists(&self) -> bool {
+        let entries = fs::read_dir(self.folder.join("lists"));
+        entries.is_ok_and(|d| d.flatten().any(|e| e.file_name().to_string_lossy().ends_with("Release")))
     }
 
     fn write_state(&self, sources: &Sources, dump: &str) -> Result<(), Error> {

@@ -31,6 +31,8 @@ const NEEDS: &[Need] = &[
     ("perl", "perl"),
     ("xz", "xz-utils"),
     ("bzip2", "bzip2"),
+    // Not for this builder, but the image would stop for it after all the work.
+    ("dtc", "device-tree-compiler"),
 ];
 
 /// What getting musl from the Python package index needs.

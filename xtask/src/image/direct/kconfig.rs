@@ -91,9 +91,12 @@ fn line(symbol: &str, value: Option<&str>) -> String {
     }
 }
 
-/// The settings as one fragment.
+/// The settings as one fragment, sorted: their order has no meaning.
 pub fn text(settings: &[Setting]) -> String {
-    settings.iter().map(|s| line(&s.symbol, s.value.as_deref())).collect()
+    let mut lines: Vec<(&str, String)> =
+        settings.iter().map(|s| (s.symbol.as_str(), line(&s.symbol, s.value.as_deref()))).collect();
+    lines.sort();
+    lines.into_iter().map(|(_, line)| line).collect()
 }
 
 /// Lays settings over a whole .config (busybox reads no fragments).
@@ -168,7 +171,7 @@ mod tests {
             "# CONFIG_A is not set\nCONFIG_C=n\n",
         ]))
         .unwrap();
-        assert_eq!(text(&read), "CONFIG_B=\"x\"\n# CONFIG_A is not set\n# CONFIG_C is not set\n");
+        assert_eq!(text(&read), "# CONFIG_A is not set\nCONFIG_B=\"x\"\n# CONFIG_C is not set\n");
         assert_eq!(read[1].line, 1);
         assert_eq!(read[1].file, Path::new("kernel/1.config"));
     }
