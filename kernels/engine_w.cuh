@@ -139,7 +139,7 @@ FN u64 warp_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
 FN u64 warp_encode(Uop u) {
     u32 op = u.op;
     switch (op) {
-// clang-format off
+        // clang-format off
 #define ALU(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, u.rs2, 0);
 #define ALU_IMM(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, 0, u.imm);
         ALU(ADD, A_ADD)
