@@ -223,7 +223,7 @@ fn a_guest_that_panics_is_named_with_its_last_lines() {
 #[test]
 fn a_guest_with_another_s_number_or_without_a_word_fails() {
     let lab = Lab::new(Behaviour { wrong_by: 1, ..Behaviour::default() });
-    let error = lab.error(&["--vms", "2", "--until", "ready"]);
+    let error = lab.error(&["--vms", "1", "--until", "ready"]);
     assert!(error.contains("it said READY 1, but it is VM 0"), "{error}");
     let lab = Lab::new(Behaviour { silent: true, ..Behaviour::default() });
     let error = lab.error(&["--vms", "2", "--until", "ready", "--timeout", "0.3"]);
@@ -325,6 +325,15 @@ fn signals_end_a_fleet_cleanly() {
     let output = lab.serve(2, &["--until", "1000", &flag, &path]).end(Signal::INT);
     assert_eq!(output.status.code(), Some(130), "{output:?}");
     assert_eq!(lab.report()["error"], "interrupted");
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_no_fleet() {
+    let lab = Lab::new(Behaviour::default());
+    let mut command = lab.command("fleet", &["--vms", "2", "--until", "0.5", "--net", "off"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

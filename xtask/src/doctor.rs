@@ -135,16 +135,30 @@ fn driver() -> Check {
         verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
         what: "NVIDIA driver",
         found: found.map_or("no libcuda.so.1".into(), |path| path.display().to_string()),
-        purpose: "the CUDA back end, which is not in this release; the CPU back end needs no GPU",
+        purpose: "running VMs on a GPU (--backend cuda); the CPU back end needs none",
     }
 }
 
 fn nvrtc() -> Check {
     let found = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].into_iter().find_map(library);
+    let cache = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
+        (Some(cache), _) if Path::new(&cache).is_absolute() => PathBuf::from(cache),
+        (_, home) => PathBuf::from(home.unwrap_or_else(|| "/".into())).join(".cache"),
+    };
+    let environment = cache.join("linux-on-gpu/nvrtc");
+    let (verdict, found) = match found {
+        Some(path) => (Verdict::Good, path.display().to_string()),
+        None if environment.is_dir() => (Verdict::Good, environment.display().to_string()),
+        None => {
+            let path = environment.display();
+            let how = format!("python3 -m venv {path} && {path}/bin/pip install nvidia-cuda-nvrtc");
+            (Verdict::Note, format!("no libnvrtc.so; the CUDA toolkit has it, or: {how}"))
+        }
+    };
     Check {
-        verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
+        verdict,
         what: "NVRTC",
-        found: found.map_or("no libnvrtc.so".into(), |path| path.display().to_string()),
+        found,
         purpose: "compiling the machine for a GPU; the CPU back end needs none",
     }
 }

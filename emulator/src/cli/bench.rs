@@ -110,7 +110,13 @@ fn measure(args: &BenchArgs, vms: u32, boot: &Arc<BootMemory>) -> Result<Run> {
     for note in notes.iter().chain((!choice.is_empty()).then_some(&choice)) {
         eprintln!("{}", note.trim_start());
     }
-    let config = FleetConfig { time: TimeMode::Virtual, started, budget: Budget::CORE, bridged: false };
+    let config = FleetConfig {
+        time: TimeMode::Virtual,
+        started,
+        epoch: started,
+        budget: Budget::CORE,
+        bridged: false,
+    };
     let fleet = Fleet::new(machines, config, None);
     let began = Instant::now();
     fleet.start().into_diagnostic()?;

@@ -1,6 +1,7 @@
 //! `emulator fleet`: boots a fleet, serves it, and reports.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -114,6 +115,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     if args.net == NetMode::User {
         ports::check(&ports.ports).into_diagnostic()?;
     }
+    let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
@@ -121,7 +123,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         NetMode::Off => None,
         NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
     };
-    let fleet = Arc::new(make_fleet(args, started, &claim, machines)?);
+    let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -142,12 +144,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     fleet.start().into_diagnostic()?;
     if !args.quiet {
-        println!("{} VMs, {heading}, {}{}", args.vms, fleet.backend(), choice);
+        say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
         for note in notes {
-            println!("{note}");
+            say(format_args!("{note}"));
         }
         print_urls(args);
-        println!("Console logs: {}", claim.place.console().display());
+        say(format_args!("Console logs: {}", claim.place.console().display()));
     }
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
@@ -183,14 +185,14 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     bridge_end.into_diagnostic()?;
     if !args.quiet {
-        println!("{}", summary(report));
+        say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn make_fleet(
     args: &FleetArgs,
-    started: Instant,
+    [started, epoch]: [Instant; 2],
     claim: &Claim,
     machines: Arc<dyn Machines>,
 ) -> Result<Fleet> {
@@ -202,7 +204,8 @@ fn make_fleet(
         Time::Real => TimeMode::Real,
         Time::Virtual => TimeMode::Virtual,
     };
-    let config = FleetConfig { time, started, budget: Budget::CORE, bridged: args.net != NetMode::Off };
+    let bridged = args.net != NetMode::Off;
+    let config = FleetConfig { time, started, epoch, budget: Budget::CORE, bridged };
     Ok(Fleet::new(machines, config, Some(logs)))
 }
 
@@ -342,6 +345,11 @@ impl Downs {
     }
 }
 
+/// Prints a line. A reader that has gone is no reason to end the fleet.
+fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 fn print_urls(args: &FleetArgs) {
     if args.net == NetMode::Off {
         return;
@@ -349,10 +357,11 @@ fn print_urls(args: &FleetArgs) {
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
     if args.vms <= URLS {
         for vm in 0..args.vms {
-            println!("VM {vm}: {}", url(vm));
+            say(format_args!("VM {vm}: {}", url(vm)));
         }
     } else {
-        println!("VM 0: {}  VM 1: {} ... VM {}: {}", url(0), url(1), args.vms - 1, url(args.vms - 1));
+        let last = args.vms - 1;
+        say(format_args!("VM 0: {}  VM 1: {} ... VM {last}: {}", url(0), url(1), url(last)));
     }
 }
 

@@ -93,7 +93,8 @@ impl Live {
     pub fn finish(&self) {
         let mut drawn = DRAWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if std::mem::take(&mut *drawn) {
-            eprintln!();
+            // As above.
+            let _ = writeln!(io::stderr());
         }
     }
 }

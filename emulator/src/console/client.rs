@@ -13,6 +13,8 @@ use crate::console::place::{Place, PlaceError};
 
 /// Ctrl-], which leaves the console.
 const LEAVE: u8 = 0x1d;
+/// With input from a pipe, how long a VM may take to print anything at all: it may be booting.
+const FIRST_OUTPUT: Duration = Duration::from_secs(30);
 
 /// Why a request to a fleet failed.
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +92,7 @@ pub struct Attachment {
 impl Attachment {
     /// Copies between `input`, `output` and the console until one of them ends, Ctrl-] comes from a terminal, or
     /// `signal` becomes readable. After the end of an input that is no terminal, output is printed until nothing has
-    /// come for `linger`.
+    /// come for `linger`; a VM that has printed nothing yet is waited for longer.
     pub fn run(
         self,
         input: &OwnedFd,
@@ -105,12 +107,16 @@ impl Attachment {
         };
         show(output, &self.begin)?;
         let mut quiet_since = Instant::now();
+        let mut heard = !self.begin.is_empty();
         let mut reading = true;
         let mut bytes = [0; 4096];
         loop {
             let wait = match reading {
                 true => None,
-                false => Some(linger.saturating_sub(quiet_since.elapsed())),
+                false => {
+                    let patience = if heard { linger } else { linger.max(FIRST_OUTPUT) };
+                    Some(patience.saturating_sub(quiet_since.elapsed()))
+                }
             };
             if wait.is_some_and(|wait| wait.is_zero()) {
                 return Ok(Ended::Left);
@@ -140,6 +146,7 @@ impl Attachment {
                     Err(error) => return Err(io_error("reading the console")(error)),
                 }
                 quiet_since = Instant::now();
+                heard = true;
             }
             if reading && ready[2] {
                 let n = match rustix::io::read(input, &mut bytes) {

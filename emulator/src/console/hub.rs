@@ -25,6 +25,8 @@ struct Inner {
     scanner: Scanner,
     listeners: Vec<Weak<Feed>>,
     input: VecDeque<u8>,
+    /// The guest is ready to be typed to.
+    listening: bool,
     closed: bool,
 }
 
@@ -104,6 +106,11 @@ impl Console {
         Subscription { feed, tail: inner.scanner.tail() }
     }
 
+    /// From now on the guest gets what is typed. Before, it would be lost: a kernel that boots empties its serial port.
+    pub fn let_in(&self) {
+        lock(&self.inner).listening = true;
+    }
+
     /// Queues input for the VM; returns how much found room.
     pub fn type_in(&self, bytes: &[u8], mailbox: MailboxRef<'_>) -> usize {
         let mut inner = lock(&self.inner);
@@ -143,7 +150,9 @@ impl Console {
 
     /// The guest starts over.
     pub fn reset(&self) {
-        lock(&self.inner).scanner.reset();
+        let mut inner = lock(&self.inner);
+        inner.scanner.reset();
+        inner.listening = false;
     }
 
     /// The VM will never run again.
@@ -167,7 +176,7 @@ impl Console {
 impl Inner {
     fn refill(&mut self, mailbox: MailboxRef<'_>) -> bool {
         let mut moved = false;
-        while !self.input.is_empty() {
+        while self.listening && !self.input.is_empty() {
             let sent = mailbox.send_console(self.input.as_slices().0);
             if sent == 0 {
                 break;
@@ -236,6 +245,12 @@ mod tests {
         // SAFETY: `memory` lives to the end of the test and is touched only here.
         let mailbox = unsafe { MailboxRef::new(at) };
         let console = Console::default();
+        assert_eq!(console.type_in(b"ab", mailbox), 2);
+        assert!(!mailbox.has_input(), "a guest that boots is not typed to");
+        console.let_in();
+        assert!(console.refill(mailbox) && mailbox.has_input());
+        // SAFETY: the guest's side, played by the same thread.
+        unsafe { (*at).in_tail = (*at).in_head };
         let text: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
         let taken = console.type_in(&text, mailbox);
         assert_eq!(taken, INPUT_BYTES);

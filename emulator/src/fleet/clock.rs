@@ -1,4 +1,8 @@
 //! Guest time: virtual until READY, then, if asked, along the wall clock.
+//!
+//! While VMs wait for their turn to boot, the world's time goes on and theirs does not. At READY a VM's time takes one
+//! step ahead, to where it would be had it followed the wall clock since the fleet started: its clock is right from then
+//! on. To the guest that is a long sleep.
 
 use std::time::{Duration, Instant};
 
@@ -32,9 +36,10 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// From `now`, when guest time is `at_ticks`, guest time follows the wall clock.
-    pub fn follow_wall(&mut self, now: Instant, at_ticks: u64) {
-        self.real_since.get_or_insert((now, at_ticks));
+    /// From `now`, when guest time is `at_ticks`, guest time follows the wall clock; tick 0 was at `epoch`.
+    pub fn follow_wall(&mut self, epoch: Instant, now: Instant, at_ticks: u64) {
+        let wall = ticks(now.saturating_duration_since(epoch));
+        self.real_since.get_or_insert((now, at_ticks.max(wall)));
     }
 
     /// `time_mode` and `now_ticks` of a slice request.
@@ -88,20 +93,25 @@ mod tests {
     }
 
     #[test]
-    fn real_time_starts_where_virtual_time_ended() {
+    fn real_time_starts_at_the_wall_clock_but_never_goes_back() {
         let mut clock = Clock::default();
         let start = Instant::now();
         assert_eq!(clock.request(start), (TIME_VIRTUAL, 0));
         assert_eq!(clock.wake_at(5), Wake::Now);
         assert_eq!(clock.wake_at(u64::MAX), Wake::Never);
-        clock.follow_wall(start, 1000);
+        clock.follow_wall(start, start, 1000);
         assert_eq!(clock.request(start), (TIME_REAL, 1000));
         let later = start + Duration::from_secs(2);
         assert_eq!(clock.request(later), (TIME_REAL, 1000 + 130_000_000));
         assert_eq!(clock.wake_at(1000 + 65_000_000), Wake::At(start + Duration::from_secs(1)));
         // A second READY does not turn the clock back.
-        clock.follow_wall(later, 7);
+        clock.follow_wall(start, later, 7);
         assert_eq!(clock.request(later), (TIME_REAL, 1000 + 130_000_000));
         assert_eq!(clock.wake_at(u64::MAX), Wake::Never);
+        // A VM that came late to its turn.
+        let mut clock = Clock::default();
+        clock.follow_wall(start, later, 1000);
+        assert_eq!(clock.request(later), (TIME_REAL, 130_000_000));
+        assert_eq!(clock.wake_at(130_000_000 + 65_000_000), Wake::At(start + Duration::from_secs(3)));
     }
 }

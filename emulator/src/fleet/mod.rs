@@ -52,6 +52,8 @@ pub struct FleetConfig {
     pub time: TimeMode,
     /// When the program started: READY times count from here.
     pub started: Instant,
+    /// When it is tick 0 of guest time.
+    pub epoch: Instant,
     /// Slice lengths.
     pub budget: Budget,
     /// A bridge will take the guests' frames; otherwise they are dropped and counted.

@@ -17,6 +17,8 @@ use crate::fleet::sched::{Class, Turn};
 use crate::fleet::vm::Life;
 use crate::fleet::{Shared, lock};
 
+/// Instructions after which a guest is typed to though it is not ready: somebody may want to know why.
+const LONG_BOOT: u64 = 200_000_000;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
@@ -104,6 +106,10 @@ impl Shared {
                 logs.append(vm, &scratch.output);
             }
         }
+        // READY, or a guest that waits for input, or one that will hardly become ready any more.
+        if !scratch.marks.is_empty() || result.exit == EXIT_IDLE || result.instret > LONG_BOOT {
+            state.console.let_in();
+        }
         let typed = state.console.refill(mailbox);
         let frames = self.settle_frames(vm, scratch);
 
@@ -119,7 +125,11 @@ impl Shared {
                                 self.been_ready.fetch_add(1, SeqCst);
                             }
                             if self.config.time == TimeMode::Real {
-                                record.clock.follow_wall(Instant::now(), result.time_ticks);
+                                record.clock.follow_wall(
+                                    self.config.epoch,
+                                    Instant::now(),
+                                    result.time_ticks,
+                                );
                             }
                             self.changed();
                         } else {

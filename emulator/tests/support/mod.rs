@@ -253,7 +253,13 @@ pub fn boots(
 }
 
 pub fn config() -> FleetConfig {
-    FleetConfig { time: TimeMode::Virtual, started: Instant::now(), budget: Budget::CORE, bridged: false }
+    FleetConfig {
+        time: TimeMode::Virtual,
+        started: Instant::now(),
+        epoch: Instant::now(),
+        budget: Budget::CORE,
+        bridged: false,
+    }
 }
 
 /// A fleet of the fake machines that runs, without logs.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use super::error::Error;
 use super::tree::sha256;
@@ -15,6 +16,10 @@ use super::tree::sha256;
 pub type Files = BTreeMap<String, Vec<u8>>;
 
 const SUMS: &str = "sha256sums";
+/// What unfinished folders' names begin with.
+const UNFINISHED: &str = ".new-";
+/// Unfinished folders that are older than this are nobody's any more.
+const STALE: Duration = Duration::from_secs(24 * 3600);
 
 /// The cache's folder.
 #[derive(Clone, Debug)]
@@ -83,7 +88,7 @@ impl Cache {
         let parent = self.root.join(kind);
         std::fs::create_dir_all(&parent).map_err(|e| Error::io("make the folder", &parent, e))?;
         let temp = tempfile::Builder::new()
-            .prefix(".new-")
+            .prefix(UNFINISHED)
             .tempdir_in(&parent)
             .map_err(|e| Error::io("make a folder in", &parent, e))?;
         let need: u64 = files.values().map(|bytes| bytes.len() as u64).sum();
@@ -108,6 +113,24 @@ impl Cache {
             // Somebody else made the same entry at the same moment.
             Err(_) if read_checked(&folder).is_ok_and(|there| there == *files) => Ok(folder),
             Err(e) => Err(Error::io("put in place", &folder, e)),
+        }
+    }
+
+    /// Removes all but the newest entries of a kind, and what interrupted runs left. Failure to do so harms nobody.
+    pub fn prune(&self, kind: &str, keep: usize) {
+        let entries = std::fs::read_dir(self.root.join(kind)).into_iter().flatten().flatten();
+        let now = SystemTime::now();
+        let mut entries: Vec<(Duration, PathBuf)> = entries
+            .filter_map(|e| Some((e.metadata().ok()?.modified().ok()?, e.path())))
+            .map(|(time, path)| (now.duration_since(time).unwrap_or_default(), path))
+            .collect();
+        entries.sort();
+        let unfinished =
+            |p: &Path| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(UNFINISHED));
+        let (left, finished): (Vec<_>, Vec<_>) = entries.into_iter().partition(|(_, path)| unfinished(path));
+        let stale = left.into_iter().filter(|(age, _)| *age > STALE);
+        for (_, path) in stale.chain(finished.into_iter().skip(keep)) {
+            drop(std::fs::remove_dir_all(path));
         }
     }
 }
@@ -153,7 +176,7 @@ pub fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<bool, Error> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("make the folder", folder, e))?;
     let need = bytes.len() as u64;
     let mut temp = tempfile::Builder::new()
-        .prefix(".new-")
+        .prefix(UNFINISHED)
         .tempfile_in(folder)
         .map_err(|e| Error::write(path, need, e))?;
     temp.write_all(bytes).map_err(|e| Error::write(path, need, e))?;
@@ -210,6 +233,29 @@ mod tests {
             assert_eq!(cache.get("k", "1").unwrap(), None);
             assert!(!entry.exists());
         }
+    }
+
+    #[test]
+    fn only_the_newest_entries_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let age = |path: &Path, hours: u64| {
+            let time = SystemTime::now() - Duration::from_secs(hours * 3600);
+            std::fs::File::open(path).unwrap().set_modified(time).unwrap();
+        };
+        for n in 1..=5 {
+            age(&cache.put("k", &n.to_string(), &files()).unwrap(), n);
+        }
+        for (name, hours) in [(".new-at-work", 1), (".new-left", 48)] {
+            let path = dir.path().join("k").join(name);
+            std::fs::create_dir(&path).unwrap();
+            age(&path, hours);
+        }
+        cache.prune("k", 2);
+        let mut left: Vec<_> =
+            std::fs::read_dir(dir.path().join("k")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".new-at-work", "1", "2"]);
     }
 
     #[test]

@@ -226,6 +226,8 @@ impl Plan {
     }
 }
 
+/// Finished images in the cache. Each costs a few megabytes, and takes no time to make again.
+const KEPT_IMAGES: usize = 32;
 /// How messages call the layer of /init.
 const GENERATED: &str = "the generated files";
 
@@ -239,7 +241,12 @@ impl Assembled {
         let hash = &self.manifest.hash;
         let (dir, mut changed) = match cache.get("images", hash)? {
             Some(there) if there == self.files => (cache.path("images", hash), false),
-            _ => (cache.put("images", hash, &self.files)?, true),
+            _ => {
+                let dir = cache.put("images", hash, &self.files)?;
+                // Only now, for the one just made is among the newest.
+                cache.prune("images", KEPT_IMAGES);
+                (dir, true)
+            }
         };
         // The manifest goes first and comes last: where there is one, the other files belong to it.
         let out = root.join("out").join(&self.out);
