@@ -94,7 +94,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     header.push_str(&layout_assertions());
     std::fs::write(out.join("abi.h"), header)?;
 
-    cc::Build::new()
+    // MACHINE_SANITIZE=undefined: undefined behaviour in the machine stops the process (for tests; slow).
+    println!("cargo::rerun-if-env-changed=MACHINE_SANITIZE");
+    let sanitize = std::env::var("MACHINE_SANITIZE").unwrap_or_default();
+    let mut build = cc::Build::new();
+    if !sanitize.is_empty() {
+        build.flag(format!("-fsanitize={sanitize}")).flag("-fsanitize-undefined-trap-on-error");
+    }
+    build
         .cpp(true)
         .file(kernels.join("engine_cpu.cpp"))
         .include(&kernels)

@@ -640,7 +640,8 @@ extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail,
     flush(cpu);
     slice_begin(m, *request);
     cpu->limit = before;
-    run(cpu, before + request->budget);
+    u64 most = 1ull << 62; // the distance to the end is counted in 63 bits
+    run(cpu, before + (request->budget < most ? request->budget : most));
     slice_end(m, before, *result);
 }
 

@@ -424,6 +424,19 @@ fn endless_traps_end_the_slice() {
     b.step(10_000);
 }
 
+/// No budget is too large.
+#[test]
+fn endless_budgets() {
+    for budget in [u64::MAX, u64::MAX - 5, 1 << 63, 1 << 62] {
+        let mut b = Bench::new(RAM, &[addi(5, 5, 1), addi(5, 5, 1), WFI, SELF]);
+        assert_eq!(b.slice(budget).exit, EXIT_IDLE);
+        assert_eq!(b.x(5), 2);
+        b.hart().waiting = 0;
+        b.start(CODE, &[addi(5, 5, 1), WFI]);
+        assert_eq!((b.slice(budget).exit, b.x(5)), (EXIT_IDLE, 3));
+    }
+}
+
 /// LR and SC: what ends a reservation.
 #[test]
 fn reservations() {

@@ -187,6 +187,14 @@ pub struct TestArgs {
     #[arg(long)]
     pub no_guest: bool,
 
+    /// Run the machine's tests once more with undefined behaviour trapped.
+    #[arg(long)]
+    pub sanitize: bool,
+
+    /// Compare privileged programs with Spike too: a download of 210 MB, once.
+    #[arg(long)]
+    pub spike: bool,
+
     /// Install nothing; skip the tests whose tools are missing.
     #[arg(long)]
     pub no_install: bool,

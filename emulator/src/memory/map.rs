@@ -2,6 +2,11 @@
 
 use std::ptr::NonNull;
 
+/// Bytes before and behind each mapping that nobody may touch: what runs off its end stops instead of reaching what
+/// the system put next to it.
+#[cfg(unix)]
+const GUARD: usize = 64 << 10;
+
 /// A zeroed mapping, private to this process, given back on drop.
 #[derive(Debug)]
 pub struct Mapping {
@@ -20,21 +25,23 @@ impl Mapping {
         let bytes = bytes.max(1);
         #[cfg(unix)]
         {
+            let too_large = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+            let bytes = bytes.checked_next_multiple_of(GUARD).ok_or_else(too_large)?;
+            let all = bytes.checked_add(2 * GUARD).ok_or_else(too_large)?;
+            let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             // SAFETY: a fresh anonymous mapping; no existing memory is affected.
-            let at = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    bytes,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                    -1,
-                    0,
-                )
-            };
-            if at == libc::MAP_FAILED {
+            let outer = unsafe { libc::mmap(std::ptr::null_mut(), all, libc::PROT_NONE, kind, -1, 0) };
+            if outer == libc::MAP_FAILED {
                 return Err(std::io::Error::last_os_error());
             }
-            NonNull::new(at.cast()).map(|at| Self { at, bytes }).ok_or_else(std::io::Error::last_os_error)
+            // SAFETY: within the mapping.
+            let at = unsafe { outer.cast::<u8>().add(GUARD) };
+            let mapping = NonNull::new(at).map(|at| Self { at, bytes }).ok_or_else(too_large)?;
+            // SAFETY: part of the fresh mapping, which `mapping` gives back if this fails.
+            if unsafe { libc::mprotect(at.cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(mapping)
         }
         #[cfg(not(unix))]
         {
@@ -68,7 +75,7 @@ impl Drop for Mapping {
         #[cfg(unix)]
         // SAFETY: `new` made this mapping, and nothing uses it any more.
         unsafe {
-            libc::munmap(self.at.as_ptr().cast(), self.bytes);
+            libc::munmap(self.at.as_ptr().sub(GUARD).cast(), self.bytes + 2 * GUARD);
         }
         #[cfg(not(unix))]
         // SAFETY: `new` made this allocation with the same layout.
