@@ -72,8 +72,13 @@ impl Live {
         let now = Instant::now();
         let span = now.duration_since(self.last.0).as_secs_f64();
         let mips = (totals.steps - self.last.1.steps) as f64 / span.max(1e-3) / 1e6;
-        let text = line(&totals, http, mips);
+        let mut text = line(&totals, http, mips);
         self.last = (now, totals);
+        if self.terminal {
+            // A line that wraps could not be drawn over. It is plain ASCII.
+            let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(80, |size| size.ws_col);
+            text.truncate(usize::from(columns.max(20)) - 1);
+        }
         // A line that has not changed is no news in a log.
         if !self.terminal && text == self.text {
             return;

@@ -59,7 +59,7 @@ pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(S
             Err(cuda::Error::Memory(error)) => Err(error).into_diagnostic(),
             Err(error) => {
                 let text = error.to_string();
-                let why = text.lines().next().unwrap_or_default();
+                let why = text.split([';', '\n']).next().unwrap_or_default();
                 open_cpu(args, vms, boot, format!(" (auto: no GPU: {why})"), warn)
             }
         },
