@@ -104,6 +104,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     build
         .cpp(true)
         .file(kernels.join("engine_cpu.cpp"))
+        .file(kernels.join("tests/step_cpu.cpp")) // linked into tests alone
         .include(&kernels)
         .include(&out)
         .std("c++17")

@@ -111,12 +111,11 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     tests.args(["--", "--show-output"]);
     workspace(&mut tally, "cargo test", tests);
 
+    let mut tests = machine(&root);
+    tests.env("MACHINE_ENGINE", "step");
+    workspace(&mut tally, "the machine's tests on the engine of single steps", tests);
     if args.sanitize {
-        // All of the machine's, but for those that compile, compare or boot.
-        let mut tests = cargo(&root, ["test", "--package", "emulator", "--no-fail-fast"]);
-        for pattern in ["machine_[cdefht]*", "machine_net", "machine_sbi", "machine_sv32"] {
-            tests.args(["--test", pattern]);
-        }
+        let mut tests = machine(&root);
         tests.env("MACHINE_SANITIZE", "undefined");
         workspace(&mut tally, "the machine's tests with undefined behaviour trapped", tests);
     }
@@ -142,6 +141,15 @@ fn cargo<A: AsRef<OsStr>>(root: &Path, args: impl IntoIterator<Item = A>) -> Com
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root).args(args);
     command
+}
+
+/// All tests of the machine, but for those that compile for GPUs, run Spike or boot.
+fn machine(root: &Path) -> Command {
+    let mut tests = cargo(root, ["test", "--package", "emulator", "--no-fail-fast"]);
+    for pattern in ["machine_[cdefht]*", "machine_net", "machine_sbi", "machine_sv32"] {
+        tests.args(["--test", pattern]);
+    }
+    tests
 }
 
 /// One command that passes or fails; its output is shown if it fails.

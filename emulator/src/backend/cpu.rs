@@ -29,6 +29,11 @@ unsafe extern "C" {
     fn machine_cpu_write(vm: *mut Vm, pool: *mut Pool, pa: u32, from: *const u8, bytes: u32) -> bool;
 }
 
+/// An engine's entry: state of its own, VM, pool, mailbox, what to run, what came of it.
+#[doc(hidden)]
+pub type EngineFunction =
+    unsafe extern "C" fn(*mut u8, *mut Vm, *mut Pool, *mut Mailbox, *const SliceRequest, *mut SliceResult);
+
 /// How many VMs, with what, on how many threads.
 #[derive(Debug)]
 pub struct Config {
@@ -174,6 +179,20 @@ impl CpuMachines {
     pub unsafe fn vm(&self, vm: u32) -> &mut Vm {
         // SAFETY: in bounds (checked), initialised by `start`; exclusive by the caller's promise.
         unsafe { &mut *self.inner.vm(vm) }
+    }
+
+    /// Runs a slice on another engine than the back end's own, in tests that compare engines.
+    ///
+    /// # Safety
+    /// `engine` must be an engine of the same machine, and no other one may run the VM.
+    #[doc(hidden)]
+    pub unsafe fn run_on(&self, engine: EngineFunction, vm: u32, request: &SliceRequest) -> SliceResult {
+        let mut result = SliceResult::default();
+        let (at, pool, mail) = (self.inner.vm(vm), self.inner.pool(), self.inner.mailbox(vm));
+        // SAFETY: VM and mailbox are in bounds (checked); the rest is the caller's promise.
+        unsafe { engine(std::ptr::null_mut(), at, pool, mail, request, &mut result) };
+        self.inner.private_frames[vm as usize].store(result.private_frames, Relaxed);
+        result
     }
 
     /// Writes guest-physical memory of a VM that is not in an engine. False: outside RAM, or no frame is left.

@@ -6,7 +6,7 @@ pub mod asm;
 pub mod net;
 
 use asm::*;
-use emulator::abi::{EXIT_BUDGET, Hart, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
+use emulator::abi::{EXIT_BUDGET, Hart, Mailbox, Pool, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
 use emulator::backend::cpu::{Config, CpuMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
@@ -34,10 +34,24 @@ pub fn bytes(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
+unsafe extern "C" {
+    /// kernels/tests/step_cpu.cpp
+    fn machine_step_run(
+        engine: *mut u8,
+        vm: *mut Vm,
+        pool: *mut Pool,
+        mail: *mut Mailbox,
+        request: *const SliceRequest,
+        result: *mut SliceResult,
+    );
+}
+
 /// A small fleet under test. Methods without a VM number are about VM 0.
 pub struct Bench {
     pub machines: CpuMachines,
     engine: Box<dyn Engine>,
+    /// Slices run on `step` instead of the threaded engine: the variable MACHINE_ENGINE is `step`.
+    pub by_step: bool,
     /// Time mode of the slices.
     pub time_mode: u32,
     /// Host time of the slices in guest ticks, in real time.
@@ -65,7 +79,8 @@ impl Bench {
         };
         let machines = CpuMachines::new(config).unwrap();
         let engine = machines.engines().unwrap().remove(0);
-        Self { machines, engine, time_mode: TIME_VIRTUAL, now_ticks: 0 }
+        let by_step = std::env::var("MACHINE_ENGINE").is_ok_and(|name| name == "step");
+        Self { machines, engine, by_step, time_mode: TIME_VIRTUAL, now_ticks: 0 }
     }
 
     #[allow(clippy::mut_from_ref)]
@@ -92,6 +107,10 @@ impl Bench {
     pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
         let request =
             SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
+        if self.by_step {
+            // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
+            return unsafe { self.machines.run_on(machine_step_run, vm, &request) };
+        }
         let mut results = Vec::new();
         self.engine.run(&[Slice { vm, request }], &mut results).unwrap();
         results[0]
