@@ -193,10 +193,10 @@ fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
     }
 }
 
-/// This program, for its other subcommands.
+/// This program's other subcommands, through cargo: testing may have built this program anew.
 fn xtask(root: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap_or_else(|_| "cargo-xtask".into()));
-    command.current_dir(root).stdin(Stdio::null());
+    let mut command = cargo(root, ["run", "--quiet", "--package", "xtask", "--"]);
+    command.stdin(Stdio::null());
     command
 }
 
