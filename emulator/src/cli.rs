@@ -56,7 +56,7 @@ pub struct FleetArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1, or not at all.
+    /// How the VMs' network reaches the host (docs/network.md).
     #[arg(long, value_enum, default_value_t = NetMode::User)]
     pub net: NetMode,
 
@@ -224,6 +224,9 @@ pub enum Backend {
 pub enum NetMode {
     /// Host sockets on 127.0.0.1; needs no privileges.
     User,
+    /// A network device: VMs' own addresses 10.77.0.2 and up too; needs CAP_NET_ADMIN.
+    #[cfg(target_os = "linux")]
+    Tun,
     /// Nothing is attached to the VMs' network devices.
     Off,
 }

@@ -108,8 +108,9 @@ pub struct RunArgs {
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), or not at all (off) [default: the profile's].
-    #[arg(long, value_parser = ["user", "off"])]
+    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), a network device that needs privileges (tun), or
+    /// not at all (off) [default: the profile's].
+    #[arg(long, value_parser = ["user", "tun", "off"])]
     pub net: Option<String>,
 
     /// VM N's web server is reached at http://127.0.0.1:(BASE + N)/.

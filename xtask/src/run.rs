@@ -24,6 +24,7 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     give("backend", &args.backend);
     let net = match defaults.net {
         Net::User => "user",
+        Net::Tun => "tun",
         Net::Off => "off",
     };
     give("net", &args.net.as_deref().unwrap_or(net));

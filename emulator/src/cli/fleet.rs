@@ -16,8 +16,13 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::bridge::Bridge;
+use emulator::net::policy::Services;
 use emulator::net::ports;
-use emulator::net::user::{Config as BridgeConfig, UserBridge};
+use emulator::net::rewrite::Ports;
+#[cfg(target_os = "linux")]
+use emulator::net::tun::TunBridge;
+use emulator::net::user::{Config as UserConfig, UserBridge};
 use emulator::report::{Failure, Report};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -105,24 +110,23 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         return Err(miette!("a fleet of 0 VMs has nothing to run: give --vms 1 or more"));
     }
     if args.until == Some(Until::Http) && args.net == NetMode::Off {
-        return Err(miette!("--until http asks the VMs through the bridge: it needs --net user"));
+        return Err(miette!(
+            "--until http asks the VMs through the bridge: it needs a network; leave out --net off"
+        ));
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
-    let ports = BridgeConfig::new(args.port_base, args.vms);
-    if args.net == NetMode::User {
-        ports::check(&ports.ports).into_diagnostic()?;
+    let ports = UserConfig::new(args.port_base, args.vms).ports;
+    if args.net != NetMode::Off {
+        ports::check(&ports).into_diagnostic()?;
     }
     let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    let mut bridge = match args.net {
-        NetMode::Off => None,
-        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
-    };
+    let mut bridge = bind(args, ports)?;
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
@@ -154,7 +158,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.config().ports, deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
@@ -188,6 +192,19 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes what the network needs of the host.
+fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
+    Ok(match args.net {
+        NetMode::Off => None,
+        NetMode::User => {
+            let config = UserConfig::new(ports.base, ports.vms);
+            Some(Box::new(UserBridge::bind(config).into_diagnostic()?))
+        }
+        #[cfg(target_os = "linux")]
+        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, Services::default()).into_diagnostic()?)),
+    })
 }
 
 fn make_fleet(
@@ -355,6 +372,10 @@ fn print_urls(args: &FleetArgs) {
         return;
     }
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
+    #[cfg(target_os = "linux")]
+    if args.net == NetMode::Tun {
+        say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
+    }
     if args.vms <= URLS {
         for vm in 0..args.vms {
             say(format_args!("VM {vm}: {}", url(vm)));

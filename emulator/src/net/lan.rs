@@ -10,6 +10,7 @@ use super::Links;
 use super::counters::Counters;
 use super::packet::{FRAME_MAX, FrameBuf, Ipv4};
 use super::reason::Reason;
+use super::rewrite::frame_to_vm;
 use super::switch::{self, Verdict};
 
 /// Frames that may wait for one VM before TCP is asked to hold back.
@@ -107,6 +108,15 @@ impl Lan {
             let frames = VecDeque::from([Box::from(frame)]);
             self.blocked.insert(vm, Blocked { frames, backoff: BACKOFF_MIN, due });
             self.retries.push(Reverse((due, vm)));
+        }
+    }
+
+    /// Delivers an IPv4 packet of the host side.
+    pub fn send_packet(&mut self, vm: u32, packet: &[u8], now: Instant) {
+        let mut frame: FrameBuf = [0; FRAME_MAX];
+        match frame_to_vm(packet, vm, &mut frame) {
+            Ok(len) => self.send(vm, &frame[..len], now),
+            Err(reason) => self.counters.dropped(reason),
         }
     }
 

@@ -63,6 +63,12 @@ pub enum Reason {
     /// The receiver is down.
     #[error("the receiver is down")]
     Down,
+    /// Too many connections are remembered already.
+    #[error("too many connections at once")]
+    Flows,
+    /// The host took no more packets.
+    #[error("the host's queue is full")]
+    HostFull,
     /// The TCP code failed on this packet; its connection was reset.
     #[error("the host's TCP failed on this packet")]
     Stack,
@@ -70,7 +76,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of their counters.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Truncated,
         Self::Oversized,
         Self::Malformed,
@@ -91,6 +97,8 @@ impl Reason {
         Self::NoConnection,
         Self::QueueFull,
         Self::Down,
+        Self::Flows,
+        Self::HostFull,
         Self::Stack,
     ];
 
@@ -117,6 +125,8 @@ impl Reason {
             Self::NoConnection => "no_connection",
             Self::QueueFull => "queue_full",
             Self::Down => "down",
+            Self::Flows => "flows",
+            Self::HostFull => "host_full",
             Self::Stack => "stack",
         }
     }

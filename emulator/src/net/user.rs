@@ -7,7 +7,6 @@ mod connection;
 mod event_loop;
 mod stack;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -17,8 +16,10 @@ use mio::net::TcpListener;
 use mio::{Poll, Waker};
 
 use super::Links;
+pub use super::bridge::Error;
+use super::bridge::{Bridge, io_error};
 use super::counters::Counters;
-use super::ports::{self, PortsError};
+use super::ports;
 use super::rewrite::Ports;
 use event_loop::{EventLoop, WAKER};
 
@@ -73,41 +74,6 @@ impl Default for Limits {
             window: 16 * 1024,
         }
     }
-}
-
-/// Why the bridge could not be started, or ended by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The host ports could not be had.
-    #[error(transparent)]
-    Ports(#[from] PortsError),
-    /// The links belong to another number of VMs than the ports.
-    #[error("the bridge has ports for {ports} VMs, but the fleet has {vms}")]
-    Vms {
-        /// VMs that have ports.
-        ports: u32,
-        /// VMs in the fleet.
-        vms: u32,
-    },
-    /// Started twice.
-    #[error("the bridge was started already")]
-    Started,
-    /// The system refused something that the bridge can't do without.
-    #[error("the bridge can't {what}")]
-    Io {
-        /// What it was about to do.
-        what: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The bridge's thread failed: a mistake in the program.
-    #[error("the bridge's thread failed")]
-    Failed,
-}
-
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io { what, source }
 }
 
 /// The bridge: bound, then started, then stopped (at the latest when dropped).
@@ -198,6 +164,24 @@ impl UserBridge {
     /// The configuration, with the number of connections that the limit of open files leaves.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+}
+
+impl Bridge for UserBridge {
+    fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error> {
+        UserBridge::start(self, links)
+    }
+
+    fn stop(&mut self) -> Result<(), Error> {
+        UserBridge::stop(self)
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        UserBridge::counters(self)
+    }
+
+    fn ports(&self) -> Ports {
+        self.config.ports
     }
 }
 

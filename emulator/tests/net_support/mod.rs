@@ -264,7 +264,7 @@ impl Drop for Fleet {
     }
 }
 
-fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
+pub fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
         let mut inbox = links.inbox.lock().unwrap();
         if inbox.is_empty() {

@@ -80,6 +80,8 @@ pub enum Time {
 pub enum Net {
     /// Host sockets, no privileges.
     User,
+    /// A network device, with privileges.
+    Tun,
     /// No network outside the fleet.
     Off,
 }
@@ -269,7 +271,7 @@ impl Merged {
 const BUILDERS: &[(&str, BuilderName)] =
     &[("direct", BuilderName::Direct), ("buildroot", BuilderName::Buildroot)];
 const TIMES: &[(&str, Time)] = &[("real", Time::Real), ("virtual", Time::Virtual)];
-const NETS: &[(&str, Net)] = &[("user", Net::User), ("off", Net::Off)];
+const NETS: &[(&str, Net)] = &[("user", Net::User), ("tun", Net::Tun), ("off", Net::Off)];
 const RAM_HELP: &str = "Write a number and a unit, as in `ram: 8 MiB`. Units: KiB, MiB, GiB.";
 
 /// One of a few words.
