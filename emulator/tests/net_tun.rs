@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use emulator::net::Links;
 use emulator::net::address::ip_of;
 use emulator::net::bridge::{Bridge, Error};
-use emulator::net::policy::{Service, Services};
+use emulator::net::policy::{Policy, Service, Services};
 use emulator::net::ports::PortsError;
 use emulator::net::reason::Reason;
 use emulator::net::rewrite::Ports;
@@ -41,7 +41,9 @@ struct Lab {
 impl Lab {
     fn new(behaviours: Vec<Behaviour>, services: &[Service]) -> Self {
         let links = FakeLinks::new(behaviours.len() as u32);
-        let mut bridge = TunBridge::bind(ports(links.vms()), Services::new(services).unwrap()).unwrap();
+        let services = Services::new(services).unwrap();
+        let mut bridge =
+            TunBridge::bind(ports(links.vms()), Policy { services, ..Policy::default() }).unwrap();
         bridge.start(links.clone()).unwrap();
         let guests = behaviours.into_iter().enumerate().map(|(vm, how)| Guest::new(vm as u32, how, &links));
         let mut guests: Vec<Guest> = guests.collect();
@@ -98,7 +100,7 @@ fn vms_are_reached_at_the_hosts_ports_and_at_their_own_addresses() {
             assert!(ping(ip_of(vm).unwrap(), vm as u16, 56, Duration::from_secs(5)).is_some());
             assert!(ping(ip_of(vm).unwrap(), vm as u16, 1472, Duration::from_secs(5)).is_some());
         }
-        let counters = lab.bridge.counters().snapshot();
+        let counters = lab.bridge.watch().counters.snapshot();
         assert_eq!(counters.dropped(Reason::NoConnection), 0, "{counters:?}");
         assert_eq!(counters.dropped(Reason::Checksum), 0, "{counters:?}");
         // What is not for VMs goes where it went before.
@@ -170,7 +172,7 @@ fn nobody_there_is_told_at_once() {
         refused(ip_of(2).unwrap(), 80);
         lab.links.take_down(1);
         refused(Ipv4Addr::LOCALHOST, PORTS + 1);
-        let counters = lab.bridge.counters().snapshot();
+        let counters = lab.bridge.watch().counters.snapshot();
         assert_eq!(counters.dropped(Reason::UnknownDestination), 1);
         assert_eq!(counters.dropped(Reason::Down), 1);
     });
@@ -210,7 +212,7 @@ fn services_of_the_host() {
             assert_eq!(syn(port), (false, true), "port {port}");
         }
         assert_eq!(unlisted.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
-        assert_eq!(lab.bridge.counters().snapshot().dropped(Reason::NoConnection), 4);
+        assert_eq!(lab.bridge.watch().counters.snapshot().dropped(Reason::NoConnection), 4);
     });
 }
 
@@ -221,11 +223,11 @@ fn rules_and_ports_are_given_back() {
         let mut lab = Lab::pages(2);
         assert_ne!(rules(), before);
         assert!(matches!(
-            TunBridge::bind(Ports { base: 6000, ..ports(1) }, Services::default()),
+            TunBridge::bind(Ports { base: 6000, ..ports(1) }, Policy::default()),
             Err(Error::Tun(TunError::Busy))
         ));
         assert!(matches!(
-            TunBridge::bind(ports(2), Services::default()),
+            TunBridge::bind(ports(2), Policy::default()),
             Err(Error::Ports(PortsError::Taken { port: PORTS, .. }))
         ));
         assert!(get(Ipv4Addr::LOCALHOST, PORTS).ends_with("page of VM 0"));
@@ -233,7 +235,7 @@ fn rules_and_ports_are_given_back() {
         assert_eq!(rules(), before);
         drop(lab);
         // Bound, but never started.
-        drop(TunBridge::bind(ports(2), Services::default()).unwrap());
+        drop(TunBridge::bind(ports(2), Policy::default()).unwrap());
         assert_eq!(rules(), before);
         let _listener = TcpListener::bind((Ipv4Addr::LOCALHOST, PORTS)).unwrap();
         assert!(connect(Ipv4Addr::LOCALHOST, PORTS).is_ok());
@@ -250,7 +252,7 @@ fn routes_of_others_are_an_error() {
         ip("addr add 10.77.3.1/24 dev other");
         ip("link set other up");
         let before = rules();
-        let Err(error) = TunBridge::bind(ports(1), Services::default()) else { panic!("bound") };
+        let Err(error) = TunBridge::bind(ports(1), Policy::default()) else { panic!("bound") };
         let text = error.to_string();
         assert!(text.contains("10.77.3.0/24") && text.contains("other"), "{text}");
         assert_eq!(rules(), before);

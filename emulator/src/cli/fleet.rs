@@ -17,7 +17,6 @@ use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
 use emulator::net::bridge::Bridge;
-use emulator::net::policy::Services;
 use emulator::net::ports;
 use emulator::net::rewrite::Ports;
 #[cfg(target_os = "linux")]
@@ -29,6 +28,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::live::Live;
 use super::machines::Opened;
+use super::pcap::Pcap;
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
 
@@ -111,7 +111,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     if args.until == Some(Until::Http) && args.net == NetMode::Off {
         return Err(miette!(
-            "--until http asks the VMs through the bridge: it needs a network; leave out --net off"
+            "--until http asks the VMs through the bridge: it needs --net user or --net tun"
         ));
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
@@ -127,21 +127,30 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
     let mut bridge = bind(args, ports)?;
+    let pcap = match (&args.network.pcap, &bridge) {
+        (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
+        (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
+        (None, _) => None,
+    };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
         began: Instant::now(),
-        bridge: bridge.as_ref().map(|bridge| bridge.counters()),
+        bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
     });
     let control = {
         let progress = progress.clone();
-        Control::serve(&claim, fleet.clone(), Box::new(move || progress.status()))
-            .into_diagnostic()
-            .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
+        Control::serve(
+            &claim,
+            fleet.clone(),
+            Box::new(move |vm| vm.map_or_else(|| progress.status(), |vm| progress.link(vm))),
+        )
+        .into_diagnostic()
+        .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
     };
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
@@ -171,6 +180,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         let _ = asking.join();
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
+    if let Some(pcap) = pcap {
+        pcap.finish();
+    }
     fleet.stop();
     *report = progress.report();
     drop(control);
@@ -196,14 +208,15 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
 
 /// Takes what the network needs of the host.
 fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
+    let policy = args.network.policy().map_err(|why| miette!("--service: {why}"))?;
     Ok(match args.net {
         NetMode::Off => None,
         NetMode::User => {
             let config = UserConfig::new(ports.base, ports.vms);
-            Some(Box::new(UserBridge::bind(config).into_diagnostic()?))
+            Some(Box::new(UserBridge::bind_with(config, policy).into_diagnostic()?))
         }
         #[cfg(target_os = "linux")]
-        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, Services::default()).into_diagnostic()?)),
+        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, policy).into_diagnostic()?)),
     })
 }
 

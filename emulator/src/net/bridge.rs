@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::Links;
-use super::counters::Counters;
+use super::lan::Watch;
 use super::ports::PortsError;
 use super::rewrite::Ports;
 
@@ -14,8 +14,8 @@ pub trait Bridge: Send {
     fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error>;
     /// Ends all connections and gives back what was taken of the host.
     fn stop(&mut self) -> Result<(), Error>;
-    /// What passed so far.
-    fn counters(&self) -> Arc<Counters>;
+    /// What passes, while it runs and afterwards.
+    fn watch(&self) -> &Watch;
     /// The host ports that it serves.
     fn ports(&self) -> Ports;
 }

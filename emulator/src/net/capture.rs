@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use super::Links;
 use super::bridge::{Error, io_error};
-use super::counters::Counters;
 use super::gateway::Gateway;
-use super::lan::Lan;
+use super::lan::{Lan, Watch};
 use super::packet::{FRAME_MAX, FrameBuf, Ipv4, MTU};
+use super::policy::Policy;
 use super::reason::Reason;
-use super::rewrite::{PacketBuf, reset_for};
+use super::rewrite::{PacketBuf, Ports, reset_for};
+use super::tap::{Direction, Place};
 
 /// Packets taken from the host, and frames from one VM, before others get their turn.
 const TURN: usize = 64;
@@ -43,18 +44,20 @@ impl Capture {
     pub fn start(
         name: &str,
         wire: Box<dyn Wire>,
-        gateway: Gateway,
+        policy: &Policy,
+        ports: Ports,
         links: Arc<dyn Links>,
-        counters: Arc<Counters>,
+        watch: Watch,
     ) -> Result<Self, Error> {
-        let (ports, vms) = (gateway.ports().vms, links.vms());
-        if ports != vms {
-            return Err(Error::Vms { ports, vms });
+        let vms = links.vms();
+        if ports.vms != vms {
+            return Err(Error::Vms { ports: ports.vms, vms });
         }
+        let gateway = Gateway::new(ports, policy.services.clone());
         let stop = Arc::new(AtomicBool::new(false));
         let woken = Arc::new(AtomicBool::new(false));
         let wake = wire.waker();
-        let lan = Lan::new(links.clone(), counters);
+        let lan = Lan::new(links.clone(), watch, policy);
         let mut shuttle =
             Shuttle { wire, gateway, lan, stop: stop.clone(), woken: woken.clone(), dirty: Vec::new() };
         let thread = std::thread::Builder::new()
@@ -135,27 +138,33 @@ impl Shuttle {
             let captured = &packet[..len];
             // IPv6, which the host's stack tries on any link, is not spoken here.
             if captured.first().is_some_and(|byte| byte >> 4 != 4) {
-                self.lan.counters().dropped(Reason::EtherType);
+                self.refuse(len, packet, None, Reason::EtherType)?;
                 continue;
             }
             match self.gateway.from_host(captured, frame, now) {
-                Ok((vm, _)) if self.lan.links().is_down(vm) => self.refuse(len, packet, Reason::Down)?,
-                Ok((vm, len)) => self.lan.send(vm, &frame[..len], now),
-                Err(reason) => self.refuse(len, packet, reason)?,
+                Ok((vm, _)) if self.lan.links().is_down(vm) => {
+                    self.refuse(len, packet, Some(vm), Reason::Down)?
+                }
+                Ok((vm, len)) => {
+                    self.lan.tap().see(Place::Host, Some(vm), Direction::Out, None, captured);
+                    self.lan.send(vm, &frame[..len], now);
+                }
+                Err(reason) => self.refuse(len, packet, None, reason)?,
             }
         }
         Ok(true)
     }
 
     /// Drops a host's packet. Where nobody is, the client should not have to wait for its patience to end.
-    fn refuse(&mut self, len: usize, packet: &PacketBuf, reason: Reason) -> io::Result<()> {
-        self.lan.counters().dropped(reason);
+    fn refuse(&mut self, len: usize, packet: &PacketBuf, vm: Option<u32>, reason: Reason) -> io::Result<()> {
+        self.lan.counters().dropped(vm, Direction::In, reason);
+        self.lan.tap().see(Place::Host, vm, Direction::Out, Some(reason), &packet[..len]);
         let mut reset = [0; MTU];
         if matches!(reason, Reason::Down | Reason::UnknownDestination)
             && let Ok(ip) = Ipv4::parse(&packet[..len])
             && let Some(len) = reset_for(&ip, &mut reset)
         {
-            self.inject(&reset[..len])?;
+            self.inject(vm, &reset[..len])?;
         }
         Ok(())
     }
@@ -169,9 +178,12 @@ impl Shuttle {
             while let Ok(to_host) = self.lan.take(vm, frame, now) {
                 if let Some(ip) = to_host {
                     match self.gateway.from_vm(vm, &ip, packet, now) {
-                        Ok(len) => self.inject(&packet[..len])?,
+                        Ok(len) => {
+                            self.lan.done(vm, &ip, None);
+                            self.inject(Some(vm), &packet[..len])?;
+                        }
                         Err(reason) => {
-                            self.lan.counters().dropped(reason);
+                            self.lan.done(vm, &ip, Some(reason));
                             if reason == Reason::NoConnection
                                 && let Some(len) = reset_for(&ip, packet)
                             {
@@ -190,18 +202,18 @@ impl Shuttle {
         Ok(())
     }
 
-    fn inject(&mut self, packet: &[u8]) -> io::Result<()> {
-        match self.wire.inject(packet) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.lan.counters().dropped(Reason::HostFull);
-                Ok(())
-            }
+    fn inject(&mut self, vm: Option<u32>, packet: &[u8]) -> io::Result<()> {
+        let dropped = match self.wire.inject(packet) {
+            Ok(()) => None,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Some(Reason::HostFull),
             // What the host finds wrong with one packet is no reason to end.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                self.lan.counters().dropped(Reason::Malformed);
-                Ok(())
-            }
-            result => result,
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Some(Reason::Malformed),
+            Err(error) => return Err(error),
+        };
+        if let Some(reason) = dropped {
+            self.lan.counters().dropped(vm, Direction::Out, reason);
         }
+        self.lan.tap().see(Place::Host, vm, Direction::In, dropped, packet);
+        Ok(())
     }
 }

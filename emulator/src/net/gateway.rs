@@ -12,6 +12,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Instant;
 
 use super::address::{HOST_IP, NETWORK, PREFIX_LEN, ip_of, vm_of_ip};
+use super::checksum;
 use super::flows::{Flows, Inner, Outer};
 use super::packet::{ETHERNET_LEN, FrameBuf, ICMP, Ipv4, TCP, UDP};
 use super::policy::Services;
@@ -126,6 +127,7 @@ impl Gateway {
             // An answer only: other messages could reach into connections that are not this VM's.
             return match ip.payload().first() {
                 None => Err(Reason::Truncated),
+                Some(_) if checksum::of(ip.payload()) != 0 => Err(Reason::Checksum),
                 Some(&ECHO_REPLY) => {
                     packet[..len].copy_from_slice(ip.bytes());
                     Ok(len)

@@ -2,6 +2,22 @@
 
 use std::str::FromStr;
 
+use super::fault::Fault;
+use super::rate::Limits;
+
+/// What a fleet's network allows. By default VMs may talk to one another, and use nothing of the host.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Services of the host that VMs may use.
+    pub services: Services,
+    /// VMs don't reach one another.
+    pub isolated: bool,
+    /// For each VM.
+    pub limits: Limits,
+    /// Something broken on purpose.
+    pub fault: Option<Fault>,
+}
+
 /// A TCP service of the host, on 127.0.0.1, that VMs may use at 10.77.0.1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {

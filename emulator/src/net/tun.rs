@@ -19,9 +19,8 @@ use std::os::fd::AsRawFd;
 use super::Links;
 use super::bridge::{Bridge, Error, io_error};
 use super::capture::{Capture, Wire};
-use super::counters::Counters;
-use super::gateway::Gateway;
-use super::policy::Services;
+use super::lan::Watch;
+use super::policy::Policy;
 use super::ports;
 use super::rewrite::Ports;
 
@@ -33,8 +32,8 @@ const WAKER: Token = Token(1);
 /// The bridge: bound, then started, then stopped (at the latest when dropped).
 pub struct TunBridge {
     ports: Ports,
-    counters: Arc<Counters>,
-    services: Services,
+    watch: Watch,
+    policy: Policy,
     /// Ours as long as the bridge stands, so that no other program gets them.
     _reserved: Vec<OwnedFd>,
     device: Option<device::Device>,
@@ -43,15 +42,15 @@ pub struct TunBridge {
 
 impl TunBridge {
     /// Takes ports, device and routes, or nothing.
-    pub fn bind(ports: Ports, services: Services) -> Result<Self, Error> {
+    pub fn bind(ports: Ports, policy: Policy) -> Result<Self, Error> {
         ports::check(&ports)?;
         ports::allow_files(ports.vms, 0)?;
         let reserved = ports::reserve(&ports)?;
         let device = device::Device::open(&ports)?;
         Ok(Self {
             ports,
-            counters: Arc::default(),
-            services,
+            watch: Watch::new(ports.vms),
+            policy,
             _reserved: reserved,
             device: Some(device),
             running: None,
@@ -63,8 +62,8 @@ impl Bridge for TunBridge {
     fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error> {
         let device::Device { file, routes } = self.device.take().ok_or(Error::Started)?;
         let wire = TunWire::new(file).map_err(io_error("watch its device"))?;
-        let gateway = Gateway::new(self.ports, self.services.clone());
-        let capture = Capture::start("net-tun", Box::new(wire), gateway, links, self.counters.clone())?;
+        let wire = Box::new(wire);
+        let capture = Capture::start("net-tun", wire, &self.policy, self.ports, links, self.watch.clone())?;
         self.running = Some((capture, routes));
         Ok(())
     }
@@ -74,11 +73,13 @@ impl Bridge for TunBridge {
         let Some((capture, routes)) = self.running.take() else { return Ok(()) };
         // The rules first: as long as they stand, packets need the device.
         drop(routes);
-        capture.stop()
+        let stopped = capture.stop();
+        self.watch.tap.close();
+        stopped
     }
 
-    fn counters(&self) -> Arc<Counters> {
-        self.counters.clone()
+    fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     fn ports(&self) -> Ports {

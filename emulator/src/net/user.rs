@@ -19,6 +19,8 @@ use super::Links;
 pub use super::bridge::Error;
 use super::bridge::{Bridge, io_error};
 use super::counters::Counters;
+use super::lan::{Lan, Watch};
+use super::policy::Policy;
 use super::ports;
 use super::rewrite::Ports;
 use event_loop::{EventLoop, WAKER};
@@ -79,7 +81,8 @@ impl Default for Limits {
 /// The bridge: bound, then started, then stopped (at the latest when dropped).
 pub struct UserBridge {
     config: Config,
-    counters: Arc<Counters>,
+    policy: Policy,
+    watch: Watch,
     listeners: Option<Vec<TcpListener>>,
     running: Option<Running>,
 }
@@ -94,11 +97,17 @@ struct Running {
 impl UserBridge {
     /// Takes all ports, or none. Nothing is served before [`UserBridge::start`], but clients can already connect and
     /// wait.
-    pub fn bind(mut config: Config) -> Result<Self, Error> {
+    pub fn bind(config: Config) -> Result<Self, Error> {
+        Self::bind_with(config, Policy::default())
+    }
+
+    /// As [`UserBridge::bind`], with a policy.
+    pub fn bind_with(mut config: Config, policy: Policy) -> Result<Self, Error> {
         ports::check(&config.ports)?;
         config.limits.connections = ports::allow_files(config.ports.vms, config.limits.connections)?;
         let listeners = ports::bind(&config.ports)?;
-        Ok(Self { config, counters: Arc::default(), listeners: Some(listeners), running: None })
+        let watch = Watch::new(config.ports.vms);
+        Ok(Self { config, policy, watch, listeners: Some(listeners), running: None })
     }
 
     /// Starts to serve, in a thread of its own.
@@ -114,8 +123,7 @@ impl UserBridge {
         let woken = Arc::new(AtomicBool::new(false));
         let mut event_loop = EventLoop::new(
             self.config,
-            links.clone(),
-            self.counters.clone(),
+            Lan::new(links.clone(), self.watch.clone(), &self.policy),
             poll,
             listeners,
             stop.clone(),
@@ -147,7 +155,9 @@ impl UserBridge {
         let woken = running.waker.wake();
         running.links.set_waker(Arc::new(|| ()));
         woken.map_err(io_error("wake its thread"))?;
-        running.thread.join().map_err(|_| Error::Failed)?
+        let result = running.thread.join().map_err(|_| Error::Failed)?;
+        self.watch.tap.close();
+        result
     }
 
     /// Whether it serves. Once started it does until it is stopped, unless the system fails it: [`UserBridge::stop`] then
@@ -158,7 +168,7 @@ impl UserBridge {
 
     /// What passed so far. Can be read while the bridge runs and after it stopped.
     pub fn counters(&self) -> Arc<Counters> {
-        self.counters.clone()
+        self.watch.counters.clone()
     }
 
     /// The configuration, with the number of connections that the limit of open files leaves.
@@ -176,8 +186,8 @@ impl Bridge for UserBridge {
         UserBridge::stop(self)
     }
 
-    fn counters(&self) -> Arc<Counters> {
-        UserBridge::counters(self)
+    fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     fn ports(&self) -> Ports {

@@ -96,8 +96,6 @@ impl Device {
     pub fn open(ports: &Ports) -> Result<Self, TunError> {
         let file = create()?;
         // From here on we are the only one: what others left behind can be removed.
-        set_up().map_err(can_not("set the address of its device"))?;
-        check_overlap()?;
         let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}"));
         if read("all/rp_filter").is_ok_and(|value| value.trim() == "1") {
             return Err(TunError::StrictFilter);
@@ -108,6 +106,8 @@ impl Device {
         }
         // The guest LAN is IPv4 only. It is no loss if the host has no IPv6 either.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{DEVICE}/disable_ipv6"), "1");
+        set_up().map_err(can_not("set the address of its device"))?;
+        check_overlap()?;
         Ok(Self { file, routes: Routes::add(ports).map_err(can_not("add routing rules"))? })
     }
 }

@@ -12,6 +12,7 @@ use super::stack::{Crashed, Sent, Stack, Tcp};
 use crate::net::counters::Counters;
 use crate::net::lan::Lan;
 use crate::net::reason::Reason;
+use crate::net::tap::Direction;
 
 /// Between a SYN and its first repetition; doubled up to [`SYN_PAUSE_MAX`]. A VM that has just booted is found soon.
 const SYN_PAUSE_MIN: Duration = Duration::from_millis(250);
@@ -213,7 +214,7 @@ impl Connection {
 
     /// The TCP code failed: only the client can still be told.
     pub fn crash(&mut self, counters: &Counters) {
-        counters.dropped(Reason::Stack);
+        counters.dropped(Some(self.vm), Direction::Out, Reason::Stack);
         Counters::add(&counters.reset, 1);
         self.reset_client();
     }

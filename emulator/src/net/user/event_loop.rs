@@ -16,7 +16,6 @@ use mio::{Events, Interest, Poll, Token};
 use super::Config;
 use super::connection::{Connection, Env, Failure, Phase, reset};
 use super::stack::Stack;
-use crate::net::Links;
 use crate::net::counters::Counters;
 use crate::net::lan::{Lan, TCP_ROOM};
 use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, TCP};
@@ -79,8 +78,7 @@ pub struct EventLoop {
 impl EventLoop {
     pub fn new(
         config: Config,
-        links: Arc<dyn Links>,
-        counters: Arc<Counters>,
+        lan: Lan,
         poll: Poll,
         mut listeners: Vec<TcpListener>,
         stop: Arc<AtomicBool>,
@@ -96,8 +94,8 @@ impl EventLoop {
             stop,
             woken,
             listeners,
-            lan: Lan::new(links, counters.clone()),
-            counters,
+            counters: lan.watch().counters.clone(),
+            lan,
             stack: Stack::new(config.ports.vms, config.limits.window, now),
             connections: Vec::new(),
             free: Vec::new(),
@@ -223,10 +221,9 @@ impl EventLoop {
             }
             let mut taken = 0;
             while let Ok(packet) = self.lan.take(vm, frame, self.now) {
-                if let Some(packet) = packet
-                    && let Err(reason) = self.receive(vm, packet)
-                {
-                    self.counters.dropped(reason);
+                if let Some(packet) = packet {
+                    let refused = self.receive(vm, packet).err();
+                    self.lan.done(vm, &packet, refused);
                 }
                 taken += 1;
                 if taken == TURN {
@@ -257,7 +254,7 @@ impl EventLoop {
         let mut env =
             Env { stack: &mut self.stack, lan: &mut self.lan, limits: &self.config.limits, now: self.now };
         if connection.receive(packet.bytes(), &mut env).is_err() {
-            connection.crash(&self.counters);
+            connection.crash(self.lan.counters());
             self.remove(index);
             return Ok(());
         }

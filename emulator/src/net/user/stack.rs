@@ -17,6 +17,7 @@ use crate::net::address::{HOST_IP, PREFIX_LEN, ip_of};
 use crate::net::lan::Lan;
 use crate::net::packet::{FRAME_MAX, FrameBuf, MTU};
 use crate::net::rewrite::frame_to_vm;
+use crate::net::tap::Direction;
 
 /// Ports from here up are used for connections to VMs.
 const FIRST_PORT: u16 = 1024;
@@ -257,7 +258,7 @@ impl TxToken for Sending<'_> {
                     *copy = Some(frame[..len].into());
                 }
             }
-            Err(reason) => self.lan.counters().dropped(reason),
+            Err(reason) => self.lan.counters().dropped(Some(self.vm), Direction::In, reason),
         }
         result
     }
