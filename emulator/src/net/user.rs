@@ -5,6 +5,7 @@
 
 mod connection;
 mod event_loop;
+mod services;
 mod stack;
 
 use std::sync::Arc;
@@ -124,6 +125,7 @@ impl UserBridge {
         let mut event_loop = EventLoop::new(
             self.config,
             Lan::new(links.clone(), self.watch.clone(), &self.policy),
+            self.policy.services.clone(),
             poll,
             listeners,
             stop.clone(),

@@ -111,6 +111,18 @@ impl Stack {
         Some(Tcp { set, handle })
     }
 
+    /// Waits for a connection from a VM to `port` of the host side. Its first packet comes with [`Stack::receive`].
+    pub fn listen(&mut self, port: u16) -> Option<Tcp> {
+        let buffer = || SocketBuffer::new(vec![0; self.window]);
+        let mut socket = Socket::new(buffer(), buffer());
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        socket.listen((IpAddress::Ipv4(HOST_IP), port)).ok()?;
+        let mut set = SocketSet::new(Vec::with_capacity(1));
+        let handle = set.add(socket);
+        Some(Tcp { set, handle })
+    }
+
     /// Hands a packet from VM `vm` to its connection.
     pub fn receive(
         &mut self,
