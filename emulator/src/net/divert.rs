@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -90,10 +90,7 @@ impl<D: Divert> Wire for DivertWire<D> {
         let event = match timeout {
             // The sender that we keep holds the channel open.
             None => self.events.recv().ok(),
-            Some(timeout) => match self.events.recv_timeout(timeout) {
-                Ok(event) => Some(event),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-            },
+            Some(timeout) => self.events.recv_timeout(timeout).ok(),
         };
         self.next = event;
         Ok(())
