@@ -148,6 +148,29 @@ fn vms_use_listed_services_and_nothing_else() {
     assert_eq!(bridge.counters().snapshot().connections_refused, 1);
 }
 
+/// Segments come in the wrong order, the last one with a FIN, as when one was lost. What comes again ends the connection.
+#[test]
+fn a_fin_behind_a_gap_is_not_lost() {
+    let port = echo_service();
+    let services = Services::new(&[Service { host: port, guest: 7 }]).unwrap();
+    let (links, _bridge) = bridge(1, Policy { services, ..Policy::default() });
+    let mut tcp = Tcp::connect(&links, 0, 1024, 7).expect("refused");
+    let first = tcp.seq;
+    tcp.seq = first + 3;
+    tcp.send(false, true, b"def");
+    tcp.seq = first;
+    tcp.send(false, false, b"abc");
+    // All of the data is acknowledged now, but not the FIN, which came too early to be taken.
+    while tcp.receive().acknowledgment_number != first + 6 {}
+    tcp.seq = first + 3;
+    tcp.send(false, true, b"def");
+    while tcp.receive().acknowledgment_number != first + 7 {}
+    while !tcp.ended {
+        tcp.receive();
+    }
+    assert_eq!(tcp.inbox, *b"abcdef");
+}
+
 #[test]
 fn by_default_there_are_no_services() {
     let port = echo_service();

@@ -87,6 +87,11 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
         println!("note    the comparison with QEMU will be skipped: {why}");
     }
+    for (program, package) in [("ip", "iproute2"), ("curl", "curl")] {
+        if let Err(why) = tools.package(program, package) {
+            println!("note    the tests of --net tun will be skipped: {why}");
+        }
+    }
     let library = "nvidia/cu13/lib/libnvrtc.so.13";
     match tools.python(library, NVRTC) {
         Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),

@@ -124,6 +124,27 @@ pub fn reset_for(ip: &Ipv4<'_>, out: &mut PacketBuf) -> Option<usize> {
     Some(40)
 }
 
+/// What remains of a segment all of whose data was acknowledged already, up to `acked`, but not the FIN behind it: the FIN
+/// alone. None for any other packet. Returns the length.
+pub fn only_fin(ip: &Ipv4<'_>, acked: u32, out: &mut PacketBuf) -> Option<usize> {
+    const FIN: u8 = 1;
+    ip.segment().ok().filter(|_| ip.protocol() == TCP)?;
+    let tcp = ip.payload();
+    let header = usize::from(tcp[12] >> 4) * 4;
+    let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+    let data = (tcp.len() - header) as u32;
+    if tcp[13] & FIN == 0 || data == 0 || seq.wrapping_add(data) != acked {
+        return None;
+    }
+    let len = ip.header_len() + header;
+    let out = &mut out[..len];
+    out.copy_from_slice(&ip.bytes()[..len]);
+    put_word(out, 2, len as u16);
+    out[ip.header_len() + 4..ip.header_len() + 8].copy_from_slice(&acked.to_be_bytes());
+    fill_checksums(out);
+    Some(len)
+}
+
 /// Computes the checksums of a whole IPv4 packet anew, in place. What can't be read stays as it is: it is refused later.
 pub fn fill_checksums(packet: &mut [u8]) {
     let header = usize::from(packet.first().copied().unwrap_or(0) & 0xf) * 4;

@@ -20,6 +20,10 @@ pub fn alone(test: impl FnOnce() + Send + 'static) {
             println!("SKIPPED: there is no /dev/net/tun");
             return;
         }
+        if std::process::Command::new("ip").arg("-V").output().is_err() {
+            println!("SKIPPED: there is no program `ip` (package iproute2)");
+            return;
+        }
         loopback_up();
         test();
     });
