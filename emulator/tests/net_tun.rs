@@ -243,6 +243,23 @@ fn rules_and_ports_are_given_back() {
 }
 
 #[test]
+fn a_device_that_is_taken_away_is_told() {
+    alone(|| {
+        let before = rules();
+        let mut lab = Lab::pages(1);
+        assert!(!lab.bridge.has_failed());
+        assert!(std::process::Command::new("ip").args(["link", "del", "lg0"]).status().unwrap().success());
+        let end = Instant::now() + Duration::from_secs(5);
+        while !lab.bridge.has_failed() {
+            assert!(Instant::now() < end, "it goes on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(lab.bridge.stop().is_err());
+        assert_eq!(rules(), before);
+    });
+}
+
+#[test]
 fn routes_of_others_are_an_error() {
     alone(|| {
         let ip = |words: &str| {

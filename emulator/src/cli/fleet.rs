@@ -130,6 +130,8 @@ fn chain(error: &miette::Report) -> String {
 enum End {
     Done,
     Interrupted(i32),
+    /// The bridge has ended by itself.
+    Unbridged,
     Failed(miette::Report),
 }
 
@@ -201,7 +203,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         _ => None,
     };
 
-    let end = wait_for_end(args, &progress, &claim, signal);
+    let end = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
@@ -226,6 +228,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         }
         End::Interrupted(signal) if args.until.is_some() => {
             return Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(130)));
+        }
+        End::Unbridged => {
+            bridge_end.into_diagnostic().wrap_err("the network has failed")?;
+            return Err(miette!("the network has failed"));
         }
         End::Interrupted(_) | End::Done => {}
     }
@@ -271,7 +277,13 @@ fn make_fleet(
     Ok(Fleet::new(machines, config, Some(logs)))
 }
 
-fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &AtomicI32) -> End {
+fn wait_for_end(
+    args: &FleetArgs,
+    progress: &Progress,
+    claim: &Claim,
+    bridge: Option<&dyn Bridge>,
+    signal: &AtomicI32,
+) -> End {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
     let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
@@ -289,6 +301,9 @@ fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &A
         match signal.load(SeqCst) {
             0 => {}
             signal => break End::Interrupted(signal),
+        }
+        if bridge.is_some_and(|bridge| bridge.has_failed()) {
+            break End::Unbridged;
         }
         if let Some(why) = fleet.fault() {
             break End::Failed(miette!("the machine failed: {why}"));

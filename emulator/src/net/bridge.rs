@@ -14,6 +14,8 @@ pub trait Bridge: Send {
     fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error>;
     /// Ends all connections and gives back what was taken of the host.
     fn stop(&mut self) -> Result<(), Error>;
+    /// Whether it has ended by itself; [`Bridge::stop`] then tells why.
+    fn has_failed(&self) -> bool;
     /// What passes, while it runs and afterwards.
     fn watch(&self) -> &Watch;
     /// The host ports that it serves.

@@ -63,7 +63,7 @@ pub trait Links: Send + Sync {
     fn deliver(&self, vm: u32, frame: &[u8]) -> Result<(), Full>;
     /// Takes the next frame that VM `vm` has sent; returns its length.
     fn take(&self, vm: u32, frame: &mut [u8; 1514]) -> Option<usize>;
-    /// Appends the VMs that may have sent frames since the last call.
+    /// Appends the VMs that may have sent frames since the last call, or whose mailbox was full and has room again.
     fn take_dirty(&self, vms: &mut Vec<u32>);
     /// Sets what is called when a VM has sent a frame, or a VM whose mailbox was full has room again. It is called
     /// from worker threads and must return at once (a poller's waker).

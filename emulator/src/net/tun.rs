@@ -78,6 +78,10 @@ impl Bridge for TunBridge {
         stopped
     }
 
+    fn has_failed(&self) -> bool {
+        self.running.as_ref().is_some_and(|(capture, _)| !capture.is_running())
+    }
+
     fn watch(&self) -> &Watch {
         &self.watch
     }

@@ -188,6 +188,10 @@ impl Bridge for UserBridge {
         UserBridge::stop(self)
     }
 
+    fn has_failed(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.thread.is_finished())
+    }
+
     fn watch(&self) -> &Watch {
         &self.watch
     }

@@ -213,6 +213,10 @@ impl Bridge for WinDivertBridge {
         stopped
     }
 
+    fn has_failed(&self) -> bool {
+        self.running.as_ref().is_some_and(|capture| !capture.is_running())
+    }
+
     fn watch(&self) -> &Watch {
         &self.watch
     }
