@@ -26,9 +26,11 @@ SLOW u32 frame_take(Machine &m) {
 // Forgets the decoded instructions of a private frame.
 SLOW void code_drop(Machine &m, u32 frame) {
     u32 page = code_of(m)[frame] - 1;
-    u32 slot = page - m.vm->number * m.pool->code_pages_per_vm;
     code_of(m)[frame] = 0;
+#ifndef MACHINE_WARP // whose decoded code belongs to all frames with the same words (trace.cuh)
+    u32 slot = page - m.vm->number * m.pool->code_pages_per_vm;
     if (slot < m.pool->code_pages_per_vm) m.vm->ram.code_used[slot / 32] &= ~(1u << (slot % 32));
+#endif
     forget_frame(m, frame, page + 1);
 }
 

@@ -1,0 +1,79 @@
+// What a warp can do together, for engine W. A GPU does it in hardware; kernels/tests/warp_cpu.cpp does it with
+// 32 fibers, so that the engine is tested where there is no GPU.
+#pragma once
+#include "base.cuh"
+
+#define ALL_LANES 0xFFFFFFFFu
+
+// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; bit
+// 31 of a frame says that stores may go there directly.
+#define DATA_ENTRIES 128u
+#define FETCH_ENTRIES 32u
+#define FRAME_WRITABLE 0x80000000u
+
+struct alignas(8) DataEntry {
+    u32 tag, frame;
+};
+struct alignas(8) FetchEntry {
+    u32 tag, text;
+};
+struct WarpCache {
+    DataEntry data[DATA_ENTRIES];
+    FetchEntry fetch[FETCH_ENTRIES];
+};
+
+#if MACHINE_GPU
+extern __shared__ WarpCache warp_caches[];
+FN WarpCache &warp_cache() { return warp_caches[threadIdx.x / 32]; }
+FN u32 warp_lane() { return threadIdx.x % 32; }
+FN void warp_sync() { __syncwarp(); }
+FN u32 warp_ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
+FN u32 warp_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
+FN u64 warp_shuffle(u64 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
+FN u32 warp_exchange(u32 value, u32 mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
+FN u32 first_of(u32 bits) { return __ffs((int)bits) - 1; } // ~0u for none
+FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
+FN u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
+FN u32 atomic_add(u32 *word, u32 value) { return atomicAdd(word, value); }
+FN u32 atomic_swap(u32 *word, u32 value) { return atomicExch(word, value); }
+FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) { return atomicCAS(word, expected, value); }
+FN void publish_fence() { __threadfence(); }
+FN void back_off() { __nanosleep(200); }
+#else
+WarpCache &warp_cache();
+u32 warp_lane();
+void warp_sync();
+u32 warp_ballot(bool vote);
+u32 warp_shuffle(u32 value, u32 lane);
+u64 warp_shuffle(u64 value, u32 lane);
+u32 warp_exchange(u32 value, u32 mask);
+FN u32 first_of(u32 bits) { return bits ? (u32)__builtin_ctz(bits) : ~0u; }
+FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
+FN u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
+FN u32 atomic_add(u32 *word, u32 value) { return __atomic_fetch_add(word, value, __ATOMIC_SEQ_CST); }
+FN u32 atomic_swap(u32 *word, u32 value) { return __atomic_exchange_n(word, value, __ATOMIC_SEQ_CST); }
+FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) {
+    __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    return expected;
+}
+FN void publish_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+FN void back_off() {}
+#endif
+
+FN u32 warp_max(u32 value) {
+#if MACHINE_GPU && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(ALL_LANES, value);
+#else
+    for (u32 mask = 16; mask; mask /= 2) {
+        u32 other = warp_exchange(value, mask);
+        if (other > value) value = other;
+    }
+    return value;
+#endif
+}
+FN u32 warp_sum(u32 value) {
+    for (u32 mask = 16; mask; mask /= 2) value += warp_exchange(value, mask);
+    return value;
+}
+// The lanes before `lane`, which may be 32 and more.
+FN u32 lanes_below(u32 lane) { return lane >= 32 ? ALL_LANES : (1u << lane) - 1; }
