@@ -33,16 +33,12 @@ FN void forget_fetches() {
     for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) warp_cache().fetch[i].tag = 0;
     warp_sync();
 }
-// Fetches were forgotten: the page that is being executed may say something else now.
-#define EV_FETCH 0x100u
-
-// Forgets what the events of lane 0 say; what is left of them, and EV_FETCH. All lanes.
+// Forgets what the events of lane 0 say; what is left of them. All lanes.
 FN u32 forget(const Machine &m) {
     u32 events = warp_shuffle(m.events, 0);
     if (!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME))) return events;
     if (events & EV_FLUSH) {
         forget_all();
-        events |= EV_FETCH;
     } else {
         WarpCache &cache = warp_cache();
         u32 lane = warp_lane();
@@ -52,16 +48,14 @@ FN u32 forget(const Machine &m) {
                 if (cache.data[i].tag >> 22 == va) cache.data[i].tag = 0;
             for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
                 if (cache.fetch[i].tag >> 22 == va) cache.fetch[i].tag = 0;
-            events |= EV_FETCH;
         }
         if (events & EV_FLUSH_FRAME) {
             u32 frame = warp_shuffle(m.flush_frame, 0);
             for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-                if ((cache.data[i].frame & ~FRAME_WRITABLE) == frame) cache.data[i].tag = 0;
+                if (cache.data[i].frame == frame) cache.data[i].tag = 0;
             if (warp_shuffle(m.flush_code, 0)) {
                 forget_fetches();
-                events |= EV_FETCH;
-            }
+                }
         }
         warp_sync();
     }
@@ -96,13 +90,13 @@ SLOW u32 warp_step(WarpPlace at, u32 insn) {
     return forget(m);
 }
 
-// Gives the guest page a frame of its own; the whole warp copies. EV_EXIT: there is none, and nothing has changed.
-SLOW u32 warp_own(WarpPlace at, u32 page, u32 old) {
+// Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has changed.
+SLOW bool warp_own(WarpPlace at, u32 page, u32 old) {
     Machine m = machine_at(at);
     u32 lane = warp_lane(), frame = NO_FRAME;
     if (lane == 0) frame = frame_take(m);
     frame = warp_shuffle(frame, 0);
-    if (frame == NO_FRAME) return EV_EXIT;
+    if (frame == NO_FRAME) return false;
     struct alignas(16) Piece {
         u64 low, high;
     };
@@ -116,16 +110,12 @@ SLOW u32 warp_own(WarpPlace at, u32 page, u32 old) {
         forget_frame(m, old, code_of(m)[old]);
     }
     warp_sync();
-    return forget(m);
+    forget(m);
+    return true;
 }
 
-// Translates for a load or store, and notes it in the cache.
-enum Fill : u32 {
-    FILL_NONE,  // leave it to warp_step
-    FILL_DONE,
-    FILL_FETCH, // and code may have changed: fetch again
-};
-SLOW u32 warp_fill(WarpPlace at, u32 va, bool store, u32 pc, u64 steps) {
+// Translates for a load or store, and notes it in the cache. False: leave it to warp_step.
+SLOW bool warp_fill(WarpPlace at, u32 va, bool store, u32 pc, u64 steps) {
     Machine m = machine_at(at);
     Hart &h = at.vm->hart;
     u32 lane = warp_lane(), page = NO_FRAME, dirty = 0;
@@ -136,23 +126,21 @@ SLOW u32 warp_fill(WarpPlace at, u32 va, bool store, u32 pc, u64 steps) {
             page = (u32)walk.pa / FRAME_BYTES, dirty = store || walk.is_dirty;
     }
     warp_sync();
-    u32 events = forget(m); // a page table may have moved
+    forget(m); // a page table may have moved
     page = warp_shuffle(page, 0), dirty = warp_shuffle(dirty, 0);
-    if (page == NO_FRAME) return FILL_NONE;
+    if (page == NO_FRAME) return false;
     u32 entry = warp_shuffle(read_through(&m.table[page]), 0);
     if (store && !(entry & FRAME_PRIVATE)) {
-        u32 owned = warp_own(at, page, entry & FRAME_MASK);
-        if (owned & EV_EXIT) return FILL_NONE;
-        events |= owned;
+        if (!warp_own(at, page, entry & FRAME_MASK)) return false;
         entry = warp_shuffle(read_through(&m.table[page]), 0);
     }
     u32 frame = entry & FRAME_MASK;
     bool direct = dirty && (entry & FRAME_PRIVATE) && !warp_shuffle(read_through(&code_of(m)[frame]), 0);
-    if (store && !direct) return FILL_NONE;
+    if (store && !direct) return false;
     DataEntry &slot = warp_cache().data[va / FRAME_BYTES % DATA_ENTRIES];
-    if (lane == 0) slot.tag = PAGE_OF(va) | mode_key(h), slot.frame = frame | (direct ? FRAME_WRITABLE : 0);
+    if (lane == 0) slot.tag = PAGE_OF(va) | mode_key(h) | (direct ? TAG_WRITABLE : 0), slot.frame = frame;
     warp_sync();
-    return events & EV_FETCH ? FILL_FETCH : FILL_DONE;
+    return true;
 }
 
 // The text of pc. NO_TEXT: an exception came up, and hart.pc leads on; or an event; or there is no room for
@@ -191,7 +179,7 @@ SLOW WarpText warp_fetch(WarpPlace at, u32 pc, u64 steps) {
     // Stores to the frame must no longer go there directly.
     WarpCache &cache = warp_cache();
     for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-        if (cache.data[i].frame == (frame | FRAME_WRITABLE)) cache.data[i].tag = 0;
+        if (cache.data[i].frame == frame) cache.data[i].tag = 0;
     FetchEntry &slot = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
     warp_sync();
     if (lane == 0) slot.tag = PAGE_OF(pc) | mode_key(h), slot.text = out.text;
@@ -199,20 +187,16 @@ SLOW WarpText warp_fetch(WarpPlace at, u32 pc, u64 steps) {
     return out;
 }
 
-// An integer operation; b includes the immediate.
-FN u32 lane_alu(u32 kind, u32 a, u32 b, bool less) {
-    u32 negate = kind == A_SUB ? ~0u : 0;
-    u32 sum = a + (b ^ negate) - negate;
-    u32 both = kind == A_XOR ? 0 : a & b, one = kind == A_AND ? 0 : a ^ b;
-    u32 fill = kind == A_SRA ? (u32)((i32)a >> 31) : 0;
-    u32 shift = kind == A_SLL ? a << (b & 31) : funnel_right(a, fill, b);
-    u32 value = kind >= A_MUL ? a * b : shift;
-    value = kind <= A_SLTU ? (u32)less : value;
-    value = kind <= A_XOR ? both | one : value;
-    return kind <= A_SUB ? sum : value;
-}
-FN u32 lane_multiply(u32 kind, u32 a, u32 b) {
-    switch (kind) {
+// The integer operations that are not simple. Out of the round's way, and apart from each other.
+FN u32 lane_other(u32 detail, u32 page, u32 a, u32 b) {
+    u32 fill = detail == A_SRA ? (u32)((i32)a >> 31) : 0;
+    u32 shift = detail == A_SLL ? a << (b & 31) : funnel_right(a, fill, b);
+    u32 bias = detail == A_SLT ? 0x80000000u : 0;
+    u32 less = (a ^ bias) < (b ^ bias);
+    u32 value = detail <= A_SLTU ? less : detail == A_MUL ? a * b : shift;
+    if (detail == A_PAGE) value = page + b;
+    if (detail <= A_MUL) return value;
+    switch (detail) {
     case A_MULH: return alu<OP_MULH>(a, b);
     case A_MULHSU: return alu<OP_MULHSU>(a, b);
     case A_MULHU: return alu<OP_MULHU>(a, b);
@@ -223,109 +207,112 @@ FN u32 lane_multiply(u32 kind, u32 a, u32 b) {
     }
 }
 
+FN u32 lane_load(const u8 *host, u32 va, u32 detail) {
+    u32 shift = 32 - (8u << (detail & 3)); // of words: 0
+    u32 word = *(const u32 *)(uintptr_t)((uintptr_t)host & ~(uintptr_t)3) >> (8 * va & 31) << shift;
+    return detail & 4 ? (u32)((i32)word >> shift) : word >> shift;
+}
+FN void lane_store(u8 *host, u32 detail, u32 value) {
+    if (detail == 2)
+        *(u32 *)host = value;
+    else if (detail == 1)
+        *(u16 *)host = (u16)value;
+    else
+        *host = (u8)value;
+}
+FN u32 bit_mask(u32 bits, u32 bit) { return (u32)((i32)(bits << (31 - bit)) >> 31); }
+
 FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
+
+// Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
+
+// How a trace ends, in bits 1:0 of where it goes on: before the last lane that takes part, behind it, or before it
+// and something has to be done there first.
+#define END_BEFORE 0u
+#define END_BEHIND 1u
+#define END_STEP 2u
+#define END_FILL 3u
 
 // Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
 // then true.
 FN u32 warp_run(WarpPlace place, u64 limit) {
     Vm *vm = place.vm;
-    u8 *frames = (u8 *)(uintptr_t)place.pool->base_ptr;
+    const u64 frames = place.pool->base_ptr, texts = place.pool->text_ptr, traces = place.pool->trace_ptr;
     WarpCache &cache = warp_cache();
-    u32 lane = warp_lane();
+    const u32 lane = warp_lane();
     WarpHart hart = warp_load(vm);
     u32 x = hart.x, pc = hart.pc, mode = hart.mode;
     u32 left = (u32)(limit - hart.steps); // slices are far shorter than 2^32
     for (;;) {
-        FetchEntry fetch = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
-        u32 page = PAGE_OF(pc);
-        if (UNLIKELY(fetch.tag != (page | mode))) {
-            vm->hart.x[lane] = x;
-            WarpText found = warp_fetch(place, pc, limit - left);
-            if (found.text == NO_TEXT || found.events & ~EV_FETCH) return found.events;
-            fetch.text = found.text;
-        }
-        const Text *text = text_at(place.pool, fetch.text);
-        do {
-            u32 trace = text->index[pc / 4 % TEXT_WORDS] - 1;
+        u32 leave = LEAVE_FETCH, text = 0, miss_va = 0, miss_store = 0;
+        for (u32 page = ~0u;;) {
+            if (PAGE_OF(pc) != page) {
+                page = PAGE_OF(pc);
+                FetchEntry fetch = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+                text = fetch.text;
+                if (UNLIKELY(fetch.tag != (page | mode))) break;
+            }
+            const u32 *index = ((const Text *)(uintptr_t)texts + text)->index;
+            u32 trace = index[pc / 4 % TEXT_WORDS] - 1;
             // Another warp may just have made it, and lanes could see it before and after.
             if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
-                trace = trace_make(place.pool, vm, fetch.text, pc / 4 % TEXT_WORDS);
-                if (trace == BUSY) {
-                    warp_save(vm, x, pc, limit - left);
-                    return warp_step(place, text->words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
-                }
+                leave = LEAVE_TRACE;
+                break;
             }
-            TraceLane t = trace_at(place.pool, trace)[lane];
-            u32 kind = t.op & 7, detail = t.op >> 3 & 31, level = t.op >> 20 & 7;
-            u32 own_pc = page + 4 * (t.place & 0x7ff);
+            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * TRACE_LANES + lane];
+            const u32 kind = t.op & 7, detail = t.op >> 3 & 31, level = t.op >> 20 & 7;
+            const u32 own_pc = page + 4 * (t.place & 0x7ff);
             u32 a = warp_shuffle(x, t.op >> 8 & 31), b = warp_shuffle(x, t.op >> 14 & 31);
-            bool calculates = kind == T_ALU, branches = kind == T_BRANCH;
-            bool accesses = kind == T_LOAD || kind == T_STORE;
-            if (calculates && detail == A_PAGE) a = page;
-            u32 addend = calculates ? t.imm : 0;
-            bool is_signed = branches ? detail & BRANCH_SIGNED : detail == A_SLT;
-            u32 bias = is_signed ? 0x80000000u : 0;
+            const bool calculates = kind == T_ALU, branches = kind == T_BRANCH, stores = kind == T_STORE;
+            const bool accesses = kind == T_LOAD || stores;
+            const u32 addend = calculates ? t.imm : 0;
+            const u32 sums = bit_mask(detail, 0), both = bit_mask(detail, 1), one = bit_mask(detail, 2);
+            const u32 minus = bit_mask(detail, 3);
             u32 value = own_pc + 4; // of jumps: the link
             // Lanes at which the trace is left for certain, and those among them whose instruction has not happened.
             u32 stopped = left < 32 ? 1u << left : 0, leaving = stopped;
-            bool slow = kind == T_SLOW, refetch = false;
+            u32 end = kind == T_SLOW ? END_STEP : kind == T_EXIT ? END_BEFORE : END_BEHIND;
             u32 last = t.place >> 14 & 7;
             for (u32 round = 0;; round++) {
                 u32 operand = b + addend;
-                bool less = (a ^ bias) < (operand ^ bias);
-                u32 result = lane_alu(detail, a, operand, less);
-                if (UNLIKELY(t.place >> 25 & 1) && detail > A_MUL) result = lane_multiply(detail, a, operand);
+                u32 result = ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
+                if (t.op & 1u << 23) {
+                    if (detail & A_OTHER) result = lane_other(detail, page, a, operand);
+                }
                 if (calculates) value = result;
                 if (t.op >> 24 >> round & 1) {
-                    bool differs = (detail & BRANCH_LESS ? less : a == operand) != (bool)(detail & BRANCH_INVERT);
+                    u32 bias = detail & BRANCH_SIGNED ? 0x80000000u : 0;
+                    bool less = (a ^ bias) < (b ^ bias);
+                    bool differs = (detail & BRANCH_LESS ? less : a == b) != (bool)(detail & BRANCH_INVERT);
                     leaving = stopped | warp_ballot(branches && level <= round && differs);
                     if (t.place >> 17 >> round & 1) {
-                        bool mine = accesses && level == round, load = kind == T_LOAD;
-                        u32 va = a + t.imm, size = detail & 3;
-                        u32 key = (va & (~(FRAME_BYTES - 1) | alignment(size))) + mode;
-                        u32 undecided = 0, from = 0;
-                        for (;;) {
-                            DataEntry entry = cache.data[va / FRAME_BYTES % DATA_ENTRIES];
-                            bool ok = entry.tag == key && (load || entry.frame & FRAME_WRITABLE);
-                            u32 missing = warp_ballot(mine && !ok && lane >= from) & lanes_below(first_of(leaving));
-                            u32 who = first_of(missing); // ~0u: all lanes can go on
-                            ok &= mine && lane >= from && lane < who;
-                            u8 *host =
-                                frames + ((u64)(entry.frame & FRAME_MASK) * FRAME_BYTES + va % FRAME_BYTES);
-                            if (ok && load) {
-                                u32 shift = 32 - (8u << size);
-                                u32 word = *(const u32 *)(uintptr_t)((uintptr_t)host & ~(uintptr_t)3);
-                                word = word >> (8 * (va & 3)) << shift;
-                                value = detail & 4 ? (u32)((i32)word >> shift) : word >> shift;
+                        u32 va = a + t.imm;
+                        u32 key_mask = ~(FRAME_BYTES - 1) | alignment(detail & 3);
+                        DataEntry entry = cache.data[va / FRAME_BYTES % DATA_ENTRIES];
+                        u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
+                        bool mine = accesses && level == round;
+                        bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
+                        u32 missing = warp_ballot(mine && !ok) & lanes_before(leaving);
+                        if (UNLIKELY(missing)) {
+                            // All before that lane happens, some of it in a later round. If that could still lead
+                            // elsewhere, the lane waits to be the first of another trace.
+                            u32 undecided = warp_ballot((branches || accesses) && level > round);
+                            missing &= ~missing + 1;
+                            leaving = stopped |= missing;
+                            if (!(undecided & lanes_before(missing))) {
+                                miss_va = warp_shuffle(va, first_of(missing));
+                                miss_store = warp_shuffle((u32)stores, first_of(missing));
+                                if (missing >> lane & 1) end = va & alignment(detail & 3) ? END_STEP : END_FILL;
                             }
+                        }
+                        u8 *host = (u8 *)(uintptr_t)((frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES);
+                        ok &= mine;
+                        if (ok && !stores) value = lane_load(host, va, detail);
+                        if (t.place >> 24 >> round & 1) {
                             warp_sync();
-                            if (ok && !load && lane < first_of(leaving)) {
-                                if (size == 2)
-                                    *(u32 *)host = b;
-                                else if (size == 1)
-                                    *(u16 *)host = (u16)b;
-                                else
-                                    *host = (u8)b;
-                            }
+                            if (ok && stores && (lanes_before(leaving) >> lane & 1)) lane_store(host, detail, b);
                             warp_sync();
-                            if (LIKELY(!missing)) break;
-                            // All before `who` has happened, unless it waits for a later round.
-                            if (from == 0) undecided = warp_ballot((branches || accesses) && level > round);
-                            from = who;
-                            u32 its_va = warp_shuffle(va, who), its_pc = warp_shuffle(own_pc, who);
-                            u32 what = warp_shuffle(t.op, who), filled = FILL_NONE;
-                            if (!(undecided & lanes_below(who))) {
-                                if (!(its_va & alignment(what >> 3 & 3)))
-                                    filled = warp_fill(place, its_va, (what & 7) == T_STORE, its_pc,
-                                                       limit - left + who);
-                                if (filled == FILL_NONE) slow |= lane == who;
-                                refetch |= filled == FILL_FETCH;
-                            }
-                            if (filled != FILL_DONE) {
-                                stopped |= 1u << who;
-                                leaving |= stopped;
-                                break;
-                            }
                         }
                     }
                     if (leaving) {
@@ -339,34 +326,44 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                 if (t.op >> 19 & 1) b = made_b;
             }
             // Where it goes on, and which lanes count.
-            u32 target = kind == T_JALR ? (a + t.imm) & ~1u : page + t.imm;
-            slow |= kind == T_JALR && (target & 3);
-            bool stops = slow || (stopped >> lane & 1);
-            if (stops) target = own_pc;
-            u32 end = first_of(leaving | warp_ballot(kind >= T_JUMP));
-            bool counts = !stops && kind != T_EXIT;
-            u32 outcome = warp_shuffle((u32)counts | (u32)slow << 1, end);
-            u32 executed = end + (outcome & 1);
-            pc = warp_shuffle(target, end);
-            u32 writers = t.writers & lanes_below(executed);
+            u32 target = page + t.imm;
+            if (kind == T_JALR) {
+                target = (a + t.imm) & ~1u;
+                if (target & 2) end = END_STEP;
+            }
+            if (end == END_BEHIND && (stopped >> lane & 1)) end = END_BEFORE;
+            if (end != END_BEHIND && kind != T_EXIT) target = own_pc;
+            leaving |= warp_ballot(kind >= T_JUMP);
+            target = warp_shuffle(target | end, first_of(leaving));
+            u32 counted = (target & 3) == END_BEHIND ? leaving ^ (leaving - 1) : lanes_before(leaving);
+            u32 writers = t.writers & counted;
             u32 written = warp_shuffle(value, last_of(writers) & 31);
             if (writers) x = written;
-            left -= executed;
-            if (UNLIKELY(left == 0)) {
-                warp_save(vm, x, pc, limit);
-                return 0;
-            }
-            if (outcome & 2) {
-                warp_save(vm, x, pc, limit - left);
-                u32 events = warp_step(place, text->words[pc / 4 % TEXT_WORDS]);
-                left--;
-                if (left == 0 || (events & ~(EV_JUMP | EV_FETCH))) return events;
-                hart = warp_load(vm);
-                x = hart.x, pc = hart.pc;
+            left -= count_of(counted);
+            pc = target & ~3u;
+            if (UNLIKELY(left == 0 || target & 2)) {
+                leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
                 break;
             }
-            if (UNLIKELY(refetch)) break;
-        } while (PAGE_OF(pc) == page);
+        }
+        u64 steps = limit - left;
+        warp_save(vm, x, pc, steps);
+        if (leave == LEAVE_LIMIT) return 0;
+        if (leave == LEAVE_FETCH) {
+            WarpText found = warp_fetch(place, pc, steps);
+            if (found.text == NO_TEXT || found.events) return found.events;
+            continue;
+        }
+        if (leave == LEAVE_TRACE) {
+            if (trace_make(place.pool, vm, text, pc / 4 % TEXT_WORDS) != BUSY) continue;
+        } else if (leave == LEAVE_FILL) {
+            if (warp_fill(place, miss_va, miss_store, pc, steps)) continue;
+        }
+        u32 events = warp_step(place, text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS]);
+        left--;
+        if (left == 0 || (events & ~EV_JUMP)) return events;
+        hart = warp_load(vm);
+        x = hart.x, pc = hart.pc;
     }
 }
 

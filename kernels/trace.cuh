@@ -17,7 +17,7 @@
 #include "warp.cuh"
 
 #define TRACE_LANES 32u
-#define TRACE_LEVELS 8u
+#define TRACE_LEVELS 7u
 #define TEXT_WORDS (FRAME_BYTES / 4)
 #define NO_TEXT 0xFFFFFFFFu
 #define BUSY 0xFFFFFFFFu // in an index or the table: another warp is making it
@@ -25,10 +25,21 @@
 // T_EXIT and T_SLOW stand behind the last instruction: the trace ends, or the instruction there is not for lanes.
 enum TraceClass : u32 { T_ALU, T_LOAD, T_STORE, T_BRANCH, T_JUMP, T_JALR, T_EXIT, T_SLOW };
 
-// In the order in which lane_alu tells them apart. A_PAGE adds the page's address.
+// Details of integer operations. The simple ones are put together from a sum and two bitwise parts; the others are
+// numbered, and so rare that a trace without them skips them.
+#define A_SUM 1u    // a + b
+#define A_BOTH 2u   // a & b
+#define A_ONE 4u    // a ^ b
+#define A_MINUS 8u  // of a sum: a - b
+#define A_OTHER 16u // bits 3:0 say which
 enum TraceAlu : u32 {
-    A_ADD, A_PAGE, A_SUB, A_AND, A_OR, A_XOR, A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA, A_MUL,
-    A_MULH, A_MULHSU, A_MULHU, A_DIV, A_DIVU, A_REM, A_REMU
+    A_ADD = A_SUM,
+    A_SUB = A_SUM | A_MINUS,
+    A_AND = A_BOTH,
+    A_OR = A_BOTH | A_ONE,
+    A_XOR = A_ONE,
+    A_PAGE = A_OTHER, // page + immediate
+    A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA, A_MUL, A_MULH, A_MULHSU, A_MULHU, A_DIV, A_DIVU, A_REM, A_REMU
 };
 
 // Branch details: the trace is left if (bit 1 ? less : equal) differs from bit 0; bit 2: less is signed.
@@ -36,13 +47,13 @@ enum TraceAlu : u32 {
 #define BRANCH_LESS 2u
 #define BRANCH_SIGNED 4u
 
-// One lane of a trace.
+// One lane of a trace. Masks and flags are the same in all lanes.
 //   op     bits 2:0 class, 7:3 detail, 12:8 and 18:14 operands: a register, or with bit 13 or 19 the lane that makes
-//          it; 22:20 level; 31:24 levels that have branches or accesses (the same in all lanes)
+//          it; 22:20 level; 23: some lane's integer operation is not a simple one; 30:24 levels with branches or accesses
 //   imm    immediate; of jumps, branches and T_EXIT the target relative to the page
 //   writers which lanes write register `lane`
-//   place  bits 10:0 word in the page; 13:11 highest level up to this lane; 16:14 highest of all; 24:17 levels with
-//          accesses; 25: some lane multiplies or divides
+//   place  bits 10:0 word in the page; 13:11 highest level up to this lane; 16:14 highest of all; 23:17 levels with
+//          accesses; 30:24 levels with stores
 struct alignas(16) TraceLane {
     u32 op, imm, writers, place;
 };
@@ -163,7 +174,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     warp_sync();
     if (seen || number == BUSY) return number;
 
-    u32 window = ~0u, length = 0, at = start, highest = 0, events = 0, accesses = 0, hard = 0;
+    u32 window = ~0u, length = 0, at = start, highest = 0, events = 0, accesses = 0, stores = 0, other = 0;
     u64 decoded = 0, mine = 0;
     u32 my_level = 0, my_operands = 0, my_at = 0, my_highest = 0;
     u32 writer = ~0u, writers = 0; // of register `lane`
@@ -199,8 +210,8 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         if (level >= TRACE_LEVELS) break;
         if (level > highest) highest = level;
         if (kind == T_LOAD || kind == T_STORE) accesses |= 1u << level;
+        if (kind == T_STORE) stores |= 1u << level;
         if (kind == T_BRANCH) events |= 1u << level;
-        if (kind == T_ALU && (low >> 3 & 31) > A_MUL) hard = 1;
 
         // where it is expected to go on: branches back are taken, others not
         u32 here = at;
@@ -211,10 +222,12 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
             at = imm / 4;
         } else if (kind == T_JUMP && imm < FRAME_BYTES) {
             word = trace_word(T_ALU, A_PAGE, rd, 0, 0, 4 * here + 4);
+            other |= rd != SINK;
             at = imm / 4;
         } else if (kind == T_JUMP) {
             leaves = true;
         }
+        other |= kind == T_ALU && low & A_OTHER << 3;
         if (lane == length) {
             mine = word, my_level = level, my_operands = operand1 | operand2 << 6, my_at = here;
             my_highest = highest;
@@ -230,15 +243,15 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     u32 low = (u32)mine;
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what ends it
-        low = lane == length && end_class != T_ALU ? end_class : (u32)T_ALU;
+        low = lane == length && end_class != T_ALU ? end_class : T_ALU | A_SUM << 3;
         out.imm = lane == length ? end_target : 0;
         my_level = my_highest = highest, my_operands = 0, my_at = end_target / 4;
     }
     // Bits 5 of the operands say that a lane makes them.
     out.op = (low & 0xff) | (my_operands & 63) << 8 | (my_operands >> 6 & 63) << 14 | my_level << 20 |
-             (events | accesses) << 24;
+             other << 23 | (events | accesses) << 24;
     out.writers = writers;
-    out.place = my_at | my_highest << 11 | highest << 14 | accesses << 17 | hard << 25;
+    out.place = my_at | my_highest << 11 | highest << 14 | accesses << 17 | stores << 24;
     trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();

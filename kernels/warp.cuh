@@ -5,11 +5,11 @@
 
 #define ALL_LANES 0xFFFFFFFFu
 
-// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; bit
-// 31 of a frame says that stores may go there directly.
+// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; of data
+// also TAG_WRITABLE, if stores may go to the frame directly.
 #define DATA_ENTRIES 128u
-#define FETCH_ENTRIES 32u
-#define FRAME_WRITABLE 0x80000000u
+#define FETCH_ENTRIES 64u
+#define TAG_WRITABLE 0x10u
 
 struct alignas(8) DataEntry {
     u32 tag, frame;
@@ -33,6 +33,7 @@ FN u64 warp_shuffle(u64 value, u32 lane) { return __shfl_sync(ALL_LANES, value, 
 FN u32 warp_exchange(u32 value, u32 mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
 FN u32 first_of(u32 bits) { return __ffs((int)bits) - 1; } // ~0u for none
 FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
+FN u32 count_of(u32 bits) { return (u32)__popc((int)bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
 FN u32 atomic_add(u32 *word, u32 value) { return atomicAdd(word, value); }
 FN u32 atomic_swap(u32 *word, u32 value) { return atomicExch(word, value); }
@@ -49,6 +50,7 @@ u64 warp_shuffle(u64 value, u32 lane);
 u32 warp_exchange(u32 value, u32 mask);
 FN u32 first_of(u32 bits) { return bits ? (u32)__builtin_ctz(bits) : ~0u; }
 FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
+FN u32 count_of(u32 bits) { return (u32)__builtin_popcount(bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 FN u32 atomic_add(u32 *word, u32 value) { return __atomic_fetch_add(word, value, __ATOMIC_SEQ_CST); }
 FN u32 atomic_swap(u32 *word, u32 value) { return __atomic_exchange_n(word, value, __ATOMIC_SEQ_CST); }
@@ -75,5 +77,5 @@ FN u32 warp_sum(u32 value) {
     for (u32 mask = 16; mask; mask /= 2) value += warp_exchange(value, mask);
     return value;
 }
-// The lanes before `lane`, which may be 32 and more.
-FN u32 lanes_below(u32 lane) { return lane >= 32 ? ALL_LANES : (1u << lane) - 1; }
+// The lanes before the first of `lanes`: all if there is none.
+FN u32 lanes_before(u32 lanes) { return (lanes - 1) & ~lanes; }

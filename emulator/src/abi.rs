@@ -65,7 +65,7 @@ pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
 pub const TRACES_PER_VM: u32 = 1 << 16;
 /// Bytes of shared memory that each warp of engine W needs.
-pub const WARP_BYTES: u32 = 1280;
+pub const WARP_BYTES: u32 = 1536;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;
