@@ -195,7 +195,7 @@ FN u32 lane_other(u32 detail, u32 page, u32 a, u32 b) {
     u32 less = (a ^ bias) < (b ^ bias);
     u32 value = detail <= A_SLTU ? less : detail == A_MUL ? a * b : shift;
     if (detail == A_PAGE) value = page + b;
-    if (detail <= A_MUL) return value;
+    if (LIKELY(detail <= A_MUL)) return value;
     switch (detail) {
     case A_MULH: return alu<OP_MULH>(a, b);
     case A_MULHSU: return alu<OP_MULHSU>(a, b);
@@ -207,11 +207,6 @@ FN u32 lane_other(u32 detail, u32 page, u32 a, u32 b) {
     }
 }
 
-FN u32 lane_load(const u8 *host, u32 va, u32 detail) {
-    u32 shift = 32 - (8u << (detail & 3)); // of words: 0
-    u32 word = *(const u32 *)(uintptr_t)((uintptr_t)host & ~(uintptr_t)3) >> (8 * va & 31) << shift;
-    return detail & 4 ? (u32)((i32)word >> shift) : word >> shift;
-}
 FN void lane_store(u8 *host, u32 detail, u32 value) {
     if (detail == 2)
         *(u32 *)host = value;
@@ -220,27 +215,26 @@ FN void lane_store(u8 *host, u32 detail, u32 value) {
     else
         *host = (u8)value;
 }
-FN u32 bit_mask(u32 bits, u32 bit) { return (u32)((i32)(bits << (31 - bit)) >> 31); }
-
 FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
+
+// Whether a branch goes the other way than its trace. False for all but branches.
+FN bool lane_leaves(u32 op, u32 a, u32 b) {
+    u32 bias = op & BRANCH_SIGNED << 3 ? 0x80000000u : 0;
+    bool less = (a ^ bias) < (b ^ bias), same = a == b, meets = op & BRANCH_LESS << 3 ? less : same;
+    return ((op & 7) == T_BRANCH) & (meets != (bool)(op & BRANCH_INVERT << 3));
+}
 
 // Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
 enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
-
-// How a trace ends, in bits 1:0 of where it goes on: before the last lane that takes part, behind it, or before it
-// and something has to be done there first.
-#define END_BEFORE 0u
-#define END_BEHIND 1u
-#define END_STEP 2u
-#define END_FILL 3u
 
 // Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
 // then true.
 FN u32 warp_run(WarpPlace place, u64 limit) {
     Vm *vm = place.vm;
     const u64 frames = place.pool->base_ptr, texts = place.pool->text_ptr, traces = place.pool->trace_ptr;
-    WarpCache &cache = warp_cache();
-    const u32 lane = warp_lane();
+    const CachePlace cache = cache_place();
+    u32 lane = warp_lane();
+    forget_origin(lane);
     WarpHart hart = warp_load(vm);
     u32 x = hart.x, pc = hart.pc, mode = hart.mode;
     u32 left = (u32)(limit - hart.steps); // slices are far shorter than 2^32
@@ -249,7 +243,7 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
         for (u32 page = ~0u;;) {
             if (PAGE_OF(pc) != page) {
                 page = PAGE_OF(pc);
-                FetchEntry fetch = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+                FetchEntry fetch = cached_fetch(cache, pc);
                 text = fetch.text;
                 if (UNLIKELY(fetch.tag != (page | mode))) break;
             }
@@ -261,83 +255,86 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                 break;
             }
             const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * TRACE_LANES + lane];
-            const u32 kind = t.op & 7, detail = t.op >> 3 & 31, level = t.op >> 20 & 7;
-            const u32 own_pc = page + 4 * (t.place & 0x7ff);
-            u32 a = warp_shuffle(x, t.op >> 8 & 31), b = warp_shuffle(x, t.op >> 14 & 31);
-            const bool calculates = kind == T_ALU, branches = kind == T_BRANCH, stores = kind == T_STORE;
-            const bool accesses = kind == T_LOAD || stores;
-            const u32 addend = calculates ? t.imm : 0;
-            const u32 sums = bit_mask(detail, 0), both = bit_mask(detail, 1), one = bit_mask(detail, 2);
-            const u32 minus = bit_mask(detail, 3);
-            u32 value = own_pc + 4; // of jumps: the link
+            u32 op = t.op, place_bits = t.place;
+            u32 a = warp_shuffle(x, op >> 8), b = warp_shuffle(x, op >> 16);
+            const u32 levels = warp_or(place_bits & 0x7fff0000); // masks of levels: uniform
+            u32 last = warp_max(place_bits >> 13 & 7);
+            const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
+            const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
+            const u32 sums = byte_sign<3>(op);
+            u32 here = page + (place_bits & 0x1fff); // how the trace ends, if it is left here
+            u32 value = here + 4;                    // of jumps: the link
             // Lanes at which the trace is left for certain, and those among them whose instruction has not happened.
-            u32 stopped = left < 32 ? 1u << left : 0, leaving = stopped;
-            u32 end = kind == T_SLOW ? END_STEP : kind == T_EXIT ? END_BEFORE : END_BEHIND;
-            u32 last = t.place >> 14 & 7;
+            u32 stopped = bit_or_none(left), leaving;
             for (u32 round = 0;; round++) {
+                forget_origin(op);
+                forget_origin(place_bits);
                 u32 operand = b + addend;
                 u32 result = ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
-                if (t.op & 1u << 23) {
-                    if (detail & A_OTHER) result = lane_other(detail, page, a, operand);
+                if (levels >> 30 & 1) {
+                    if (op >> 24 & 15) result = lane_other(op >> 24 & 15, page, a, operand);
                 }
-                if (calculates) value = result;
-                if (t.op >> 24 >> round & 1) {
-                    u32 bias = detail & BRANCH_SIGNED ? 0x80000000u : 0;
-                    bool less = (a ^ bias) < (b ^ bias);
-                    bool differs = (detail & BRANCH_LESS ? less : a == b) != (bool)(detail & BRANCH_INVERT);
-                    leaving = stopped | warp_ballot(branches && level <= round && differs);
-                    if (t.place >> 17 >> round & 1) {
-                        u32 va = a + t.imm;
-                        u32 key_mask = ~(FRAME_BYTES - 1) | alignment(detail & 3);
-                        DataEntry entry = cache.data[va / FRAME_BYTES % DATA_ENTRIES];
-                        u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
-                        bool mine = accesses && level == round;
-                        bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
-                        u32 missing = warp_ballot(mine && !ok) & lanes_before(leaving);
-                        if (UNLIKELY(missing)) {
-                            // All before that lane happens, some of it in a later round. If that could still lead
-                            // elsewhere, the lane waits to be the first of another trace.
-                            u32 undecided = warp_ballot((branches || accesses) && level > round);
-                            missing &= ~missing + 1;
-                            leaving = stopped |= missing;
-                            if (!(undecided & lanes_before(missing))) {
-                                miss_va = warp_shuffle(va, first_of(missing));
-                                miss_store = warp_shuffle((u32)stores, first_of(missing));
-                                if (missing >> lane & 1) end = va & alignment(detail & 3) ? END_STEP : END_FILL;
-                            }
-                        }
-                        u8 *host = (u8 *)(uintptr_t)((frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES);
-                        ok &= mine;
-                        if (ok && !stores) value = lane_load(host, va, detail);
-                        if (t.place >> 24 >> round & 1) {
-                            warp_sync();
-                            if (ok && stores && (lanes_before(leaving) >> lane & 1)) lane_store(host, detail, b);
-                            warp_sync();
+                if ((op & 7) == T_ALU) value = result;
+                if (levels >> 16 >> round & 1) {
+                    leaving = stopped | warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
+                    u32 va = a + t.imm;
+                    u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
+                    DataEntry entry = cached_data(cache, va);
+                    bool stores = (op & 7) == T_STORE;
+                    u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
+                    bool mine = (((op & 7) == T_LOAD) | stores) & ((op >> 28 & 7) == round);
+                    bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
+                    u32 missing = warp_ballot(mine & !ok) & lanes_before(leaving);
+                    if (UNLIKELY(missing)) {
+                        // All before that lane happens, some of it in a later round. If that could still lead
+                        // elsewhere, the lane waits to be the first of another trace.
+                        u32 kind = op & 7;
+                        u32 undecided = warp_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
+                        missing &= ~missing + 1;
+                        leaving = stopped |= missing;
+                        if (!(undecided & lanes_before(missing))) {
+                            miss_va = warp_shuffle(va, first_of(missing));
+                            miss_store = warp_shuffle((u32)stores, first_of(missing));
+                            if (missing >> lane & 1) here |= va & alignment(op >> 3 & 3) ? END_STEP : END_FILL;
                         }
                     }
+                    ok &= mine;
+                    u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
+                    bool loads = ok & !stores;
+                    u32 word = load_if(loads, host & ~3ull), shift = 32 - (8u << (op >> 3 & 3));
+                    word = word >> (8 * va & 31) << shift;
+                    word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
+                    if (loads) value = word;
+                    if (levels >> 23 >> round & 1) {
+                        warp_sync();
+                        if (ok && stores && (lanes_before(leaving) >> lane & 1))
+                            lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
+                        warp_sync();
+                    }
                     if (leaving) {
-                        u32 needed = warp_shuffle(t.place, first_of(leaving)) >> 11 & 7;
+                        u32 needed = warp_max((leaving ^ (leaving - 1)) >> lane & 1 ? op >> 28 & 7 : 0);
                         if (needed < last) last = needed;
                     }
                 }
                 if (round >= last) break;
-                u32 made_a = warp_shuffle(value, t.op >> 8 & 31), made_b = warp_shuffle(value, t.op >> 14 & 31);
-                if (t.op >> 13 & 1) a = made_a;
-                if (t.op >> 19 & 1) b = made_b;
+                u32 made_a = warp_shuffle(value, op >> 8), made_b = warp_shuffle(value, op >> 16);
+                if (op & 1u << 13) a = made_a;
+                if (op & 1u << 21) b = made_b;
             }
             // Where it goes on, and which lanes count.
-            u32 target = page + t.imm;
+            u32 kind = op & 7, target = page + t.imm;
             if (kind == T_JALR) {
-                target = (a + t.imm) & ~1u;
-                if (target & 2) end = END_STEP;
+                target = ((a + t.imm) & ~1u) | END_BEHIND;
+                if (target & 2) here |= END_STEP;
             }
-            if (end == END_BEHIND && (stopped >> lane & 1)) end = END_BEFORE;
-            if (end != END_BEHIND && kind != T_EXIT) target = own_pc;
-            leaving |= warp_ballot(kind >= T_JUMP);
-            target = warp_shuffle(target | end, first_of(leaving));
-            u32 counted = (target & 3) == END_BEHIND ? leaving ^ (leaving - 1) : lanes_before(leaving);
+            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !(stopped >> lane & 1) & !(here & 2);
+            if (!behind) target = here;
+            leaving = stopped | warp_ballot((kind >= T_JUMP) | lane_leaves(op, a, b));
+            leaving &= ~leaving + 1;
+            target = warp_or(leaving >> lane & 1 ? target : 0);
+            u32 counted = leaving - 1 + ((target & 3) == END_BEHIND ? leaving : 0);
             u32 writers = t.writers & counted;
-            u32 written = warp_shuffle(value, last_of(writers) & 31);
+            u32 written = warp_shuffle(value, last_of(writers));
             if (writers) x = written;
             left -= count_of(counted);
             pc = target & ~3u;

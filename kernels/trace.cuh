@@ -26,19 +26,18 @@
 enum TraceClass : u32 { T_ALU, T_LOAD, T_STORE, T_BRANCH, T_JUMP, T_JALR, T_EXIT, T_SLOW };
 
 // Details of integer operations. The simple ones are put together from a sum and two bitwise parts; the others are
-// numbered, and so rare that a trace without them skips them.
-#define A_SUM 1u    // a + b
-#define A_BOTH 2u   // a & b
-#define A_ONE 4u    // a ^ b
-#define A_MINUS 8u  // of a sum: a - b
-#define A_OTHER 16u // bits 3:0 say which
+// numbered in bits 3:0, and so rare that a trace without them skips them.
+#define A_MINUS 0x10u // of a sum: a - b
+#define A_ONE 0x20u   // a ^ b
+#define A_BOTH 0x40u  // a & b
+#define A_SUM 0x80u   // a + b
 enum TraceAlu : u32 {
     A_ADD = A_SUM,
     A_SUB = A_SUM | A_MINUS,
     A_AND = A_BOTH,
     A_OR = A_BOTH | A_ONE,
     A_XOR = A_ONE,
-    A_PAGE = A_OTHER, // page + immediate
+    A_PAGE = 1, // page + immediate
     A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA, A_MUL, A_MULH, A_MULHSU, A_MULHU, A_DIV, A_DIVU, A_REM, A_REMU
 };
 
@@ -47,13 +46,24 @@ enum TraceAlu : u32 {
 #define BRANCH_LESS 2u
 #define BRANCH_SIGNED 4u
 
-// One lane of a trace. Masks and flags are the same in all lanes.
-//   op     bits 2:0 class, 7:3 detail, 12:8 and 18:14 operands: a register, or with bit 13 or 19 the lane that makes
-//          it; 22:20 level; 23: some lane's integer operation is not a simple one; 30:24 levels with branches or accesses
-//   imm    immediate; of jumps, branches and T_EXIT the target relative to the page
+// How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or before it and
+// something has to be done there first.
+#define END_BEFORE 0u
+#define END_BEHIND 1u
+#define END_STEP 2u
+#define END_FILL 3u
+
+// One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction makes
+// masks of them. Operands are registers, or lanes that make them.
+//   op     2:0 class          5:3 detail of accesses and branches       7 A_MINUS
+//          12:8 operand 1     13 a lane makes it                        15 A_ONE
+//          20:16 operand 2    21 a lane makes it                        23 A_BOTH
+//          27:24 number of another operation   30:28 level              31 A_SUM
+//   imm    immediate; of jumps and branches the target relative to the page, and END_BEHIND
 //   writers which lanes write register `lane`
-//   place  bits 10:0 word in the page; 13:11 highest level up to this lane; 16:14 highest of all; 23:17 levels with
-//          accesses; 30:24 levels with stores
+//   place  1:0 how it ends if this is the lane behind the last one      12:2 word in the page
+//          15:13 highest level up to this lane                22:16 levels with accesses
+//          29:23 levels with stores                                     30 some lane has another operation
 struct alignas(16) TraceLane {
     u32 op, imm, writers, place;
 };
@@ -83,9 +93,9 @@ FN u32 wait_for(const u32 *word, u32 seen) {
     return seen;
 }
 
-// An instruction as the trace's maker wants it: class 2:0, detail 7:3, rd 13:8 (32: none), rs1 20:16, rs2 28:24.
+// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 21:17, rs2 26:22.
 FN u64 trace_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
-    return (u64)(kind | detail << 3 | rd << 8 | rs1 << 16 | rs2 << 24) | (u64)imm << 32;
+    return (u64)(kind | detail << 3 | rd << 11 | rs1 << 17 | rs2 << 22) | (u64)imm << 32;
 }
 FN u64 trace_branch(const Uop &u, u32 detail, u32 offset) {
     u32 target = offset + u.imm;
@@ -174,7 +184,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     warp_sync();
     if (seen || number == BUSY) return number;
 
-    u32 window = ~0u, length = 0, at = start, highest = 0, events = 0, accesses = 0, stores = 0, other = 0;
+    u32 window = ~0u, length = 0, at = start, highest = 0, accesses = 0, stores = 0, other = 0;
     u64 decoded = 0, mine = 0;
     u32 my_level = 0, my_operands = 0, my_at = 0, my_highest = 0;
     u32 writer = ~0u, writers = 0; // of register `lane`
@@ -188,7 +198,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         }
         u64 word = warp_shuffle(decoded, at & 31);
         u32 low = (u32)word, imm = (u32)(word >> 32);
-        u32 kind = low & 7, rd = low >> 8 & 63, rs1 = low >> 16 & 31, rs2 = low >> 24 & 31;
+        u32 kind = low & 7, rd = low >> 11 & 63, rs1 = low >> 17 & 31, rs2 = low >> 22 & 31;
         if (kind == T_SLOW) {
             end_class = T_SLOW;
             break;
@@ -211,7 +221,6 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         if (level > highest) highest = level;
         if (kind == T_LOAD || kind == T_STORE) accesses |= 1u << level;
         if (kind == T_STORE) stores |= 1u << level;
-        if (kind == T_BRANCH) events |= 1u << level;
 
         // where it is expected to go on: branches back are taken, others not
         u32 here = at;
@@ -227,7 +236,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         } else if (kind == T_JUMP) {
             leaves = true;
         }
-        other |= kind == T_ALU && low & A_OTHER << 3;
+        other |= kind == T_ALU && low >> 3 & 15;
         if (lane == length) {
             mine = word, my_level = level, my_operands = operand1 | operand2 << 6, my_at = here;
             my_highest = highest;
@@ -240,18 +249,23 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         }
     }
     TraceLane out;
-    u32 low = (u32)mine;
+    u32 low = (u32)mine, ends = END_BEFORE;
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what ends it
         low = lane == length && end_class != T_ALU ? end_class : T_ALU | A_SUM << 3;
-        out.imm = lane == length ? end_target : 0;
-        my_level = my_highest = highest, my_operands = 0, my_at = end_target / 4;
+        out.imm = 0, my_level = my_highest = highest, my_operands = 0, my_at = end_target / 4;
+        if (low == T_SLOW) ends = END_STEP;
     }
-    // Bits 5 of the operands say that a lane makes them.
-    out.op = (low & 0xff) | (my_operands & 63) << 8 | (my_operands >> 6 & 63) << 14 | my_level << 20 |
-             other << 23 | (events | accesses) << 24;
+    u32 kind = low & 7, detail = low >> 3 & 0xff;
+    if (kind == T_BRANCH || kind == T_JUMP) out.imm |= END_BEHIND;
+    out.op = kind | (my_operands & 63) << 8 | (my_operands >> 6 & 63) << 16 | my_level << 28;
+    if (kind == T_ALU)
+        out.op |= (detail & 15) << 24 | (detail & A_MINUS ? 1u << 7 : 0) | (detail & A_ONE ? 1u << 15 : 0) |
+                  (detail & A_BOTH ? 1u << 23 : 0) | (detail & A_SUM ? 1u << 31 : 0);
+    else
+        out.op |= (detail & 7) << 3;
     out.writers = writers;
-    out.place = my_at | my_highest << 11 | highest << 14 | accesses << 17 | stores << 24;
+    out.place = ends | my_at << 2 | my_highest << 13 | accesses << 16 | stores << 23 | other << 30;
     trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();

@@ -40,6 +40,47 @@ FN u32 atomic_swap(u32 *word, u32 value) { return atomicExch(word, value); }
 FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) { return atomicCAS(word, expected, value); }
 FN void publish_fence() { __threadfence(); }
 FN void back_off() { __nanosleep(200); }
+// All bits as bit 7, 15, 23 or 31 of `bits`: the sign of byte `BYTE`.
+template <u32 BYTE> FN u32 byte_sign(u32 bits) {
+    u32 mask;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bits), "n"(0x8888 | BYTE * 0x1111));
+    return mask;
+}
+// 1 << by, 0 from 32 on.
+FN u32 bit_or_none(u32 by) {
+    u32 bit;
+    asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(by));
+    return bit;
+}
+// A value that the compiler takes for another one each time: it does not keep what it could find out from it.
+FN void forget_origin(u32 &value) { asm volatile("" : "+r"(value)); }
+// The cache's entries by their address in shared memory, which a register holds.
+typedef u32 CachePlace;
+FN CachePlace cache_place() { return (u32)__cvta_generic_to_shared(&warp_cache()); }
+FN DataEntry cached_data(CachePlace cache, u32 va) {
+    DataEntry entry;
+    u32 at = cache + (va >> 9 & (DATA_ENTRIES - 1) * 8);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.tag), "=r"(entry.frame) : "r"(at) : "memory");
+    return entry;
+}
+FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
+    FetchEntry entry;
+    u32 at = cache + (pc >> 9 & (FETCH_ENTRIES - 1) * 8);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];"
+                 : "=r"(entry.tag), "=r"(entry.text)
+                 : "r"(at), "n"(DATA_ENTRIES * 8)
+                 : "memory");
+    return entry;
+}
+// Guest RAM for lanes that take part, without a branch.
+FN u32 load_if(bool take, u64 address) {
+    u32 word;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2]; }"
+                 : "=&r"(word)
+                 : "r"((u32)take), "l"(address)
+                 : "memory");
+    return word;
+}
 #else
 WarpCache &warp_cache();
 u32 warp_lane();
@@ -60,6 +101,15 @@ FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) {
 }
 FN void publish_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 FN void back_off() {}
+template <u32 BYTE> FN u32 byte_sign(u32 bits) { return bits >> (8 * BYTE + 7) & 1 ? ~0u : 0; }
+FN u32 bit_or_none(u32 by) { return by < 32 ? 1u << by : 0; }
+FN void forget_origin(u32 &) {}
+typedef WarpCache *CachePlace;
+FN CachePlace cache_place() { return &warp_cache(); }
+FN DataEntry cached_data(CachePlace cache, u32 va) { return cache->data[va / FRAME_BYTES % DATA_ENTRIES]; }
+FN FetchEntry cached_fetch(CachePlace cache, u32 pc) { return cache->fetch[pc / FRAME_BYTES % FETCH_ENTRIES]; }
+FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
+
 #endif
 
 FN u32 warp_max(u32 value) {
@@ -70,6 +120,15 @@ FN u32 warp_max(u32 value) {
         u32 other = warp_exchange(value, mask);
         if (other > value) value = other;
     }
+    return value;
+#endif
+}
+// On a GPU its result is in a uniform register: branches on it cost no care for lanes that go another way.
+FN u32 warp_or(u32 value) {
+#if MACHINE_GPU && __CUDA_ARCH__ >= 800
+    return __reduce_or_sync(ALL_LANES, value);
+#else
+    for (u32 mask = 16; mask; mask /= 2) value |= warp_exchange(value, mask);
     return value;
 #endif
 }
