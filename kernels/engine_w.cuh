@@ -21,7 +21,8 @@ FN Machine machine_at(const WarpPlace &at) {
 }
 
 // Translations differ by mode, and in S mode by SUM.
-FN u32 mode_key(const Hart &h) { return (h.mode == MODE_U ? 1 : h.sstatus & SSTATUS_SUM ? 3 : 2) << 2; }
+#define MODE_U_KEY 4u
+FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? 12 : 8; }
 
 FN void forget_all() {
     WarpCache &cache = warp_cache();
@@ -225,7 +226,58 @@ FN bool lane_leaves(u32 op, u32 a, u32 b) {
 }
 
 // Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+// Classes whose target is in the immediate.
+#define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
+
 enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
+
+// The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up: AMOs on
+// pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
+struct WarpQuick {
+    bool done;
+    u32 value;
+};
+SLOW WarpQuick warp_quick(WarpPlace at, u32 insn, u32 a, u32 b, u32 mode) {
+    Hart &h = at.vm->hart;
+    WarpQuick q;
+    q.done = false, q.value = 0;
+    u32 f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
+    if ((insn & 0x7f) == 0x2f) {
+        Uop u = decode(insn, 0);
+        if (u.op < OP_AMOSWAP || u.op > OP_AMOMAXU || a & 3) return q;
+        DataEntry entry = cached_data(cache_place(), a);
+        if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return q;
+        u64 host = at.pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        q.value = load_if(true, host);
+        warp_sync();
+        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, q.value, b);
+        warp_sync();
+        q.done = true;
+        return q;
+    }
+    if ((insn & 0x7f) != 0x73 || !(f3 & 3) || mode == MODE_U_KEY) return q;
+    u32 number = insn >> 20, *field = 0;
+    if (number == CSR_SSTATUS) field = &h.sstatus;
+    if (number == CSR_SSCRATCH) field = &h.sscratch;
+    if (number == CSR_SEPC) field = &h.sepc;
+    if (number == CSR_SCAUSE) field = &h.scause;
+    if (number == CSR_STVAL) field = &h.stval;
+    if (!field) return q;
+    u32 old = read_through(field), operand = f3 & 4 ? rs1 : a;
+    warp_sync(); // all have read it
+    u32 value = (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? old | operand : old & ~operand;
+    if ((f3 & 3) != 1 && rs1 == 0) value = old; // only read
+    if (number == CSR_SSTATUS) {
+        value &= SSTATUS_MASK;
+        u32 changed = old ^ value;
+        if (changed & (SSTATUS_SUM | SSTATUS_MXR) || changed & value & SSTATUS_SIE) return q;
+    }
+    if (number == CSR_SEPC) value &= ~3u;
+    if (warp_lane() == 0) *field = value;
+    warp_sync();
+    q.done = true, q.value = old;
+    return q;
+}
 
 // Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
 // then true.
@@ -240,25 +292,32 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
     u32 left = (u32)(limit - hart.steps); // slices are far shorter than 2^32
     for (;;) {
         u32 leave = LEAVE_FETCH, text = 0, miss_va = 0, miss_store = 0;
-        for (u32 page = ~0u;;) {
-            if (PAGE_OF(pc) != page) {
-                page = PAGE_OF(pc);
-                FetchEntry fetch = cached_fetch(cache, pc);
-                text = fetch.text;
-                if (UNLIKELY(fetch.tag != (page | mode))) break;
-            }
-            const u32 *index = ((const Text *)(uintptr_t)texts + text)->index;
-            u32 trace = index[pc / 4 % TEXT_WORDS] - 1;
-            // Another warp may just have made it, and lanes could see it before and after.
-            if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
-                leave = LEAVE_TRACE;
-                break;
+        u64 index = 0; // of the text: where its traces are
+        for (u32 page = ~0u, next = 0;;) {
+            u32 trace = next - 1;
+            if (next == 0) {
+                if (PAGE_OF(pc) != page) {
+                    page = PAGE_OF(pc);
+                    FetchEntry fetch = cached_fetch(cache, pc);
+                    text = fetch.text;
+                    if (UNLIKELY(fetch.tag != (page | mode))) break;
+                    index = texts + (u64)text * TEXT_BYTES + FRAME_BYTES;
+                }
+                trace = load_if(true, index + pc % FRAME_BYTES) - 1;
+                // Another warp may just have made it, and lanes could see it before and after.
+                if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
+                    leave = LEAVE_TRACE;
+                    break;
+                }
             }
             const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * TRACE_LANES + lane];
             u32 op = t.op, place_bits = t.place;
             u32 a = warp_shuffle(x, op >> 8), b = warp_shuffle(x, op >> 16);
-            const u32 levels = warp_or(place_bits & 0x7fff0000); // masks of levels: uniform
-            u32 last = warp_max(place_bits >> 13 & 7);
+            // The trace that follows if it is left at this lane, where the page itself says so.
+            bool leads = LEADS_ON >> (op & 7) & 1 && t.imm < FRAME_BYTES;
+            u32 follows = load_if(leads, index + (t.imm & ~3u));
+            const u32 levels = warp_or(place_bits & 0x7fffe000); // masks of levels: uniform
+            u32 last = warp_max(op >> 28 & 7);
             const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
             const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
             const u32 sums = byte_sign<3>(op);
@@ -271,11 +330,12 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                 forget_origin(place_bits);
                 u32 operand = b + addend;
                 u32 result = ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
-                if (levels >> 30 & 1) {
-                    if (op >> 24 & 15) result = lane_other(op >> 24 & 15, page, a, operand);
+                bool simple = (op & 0x0f000007) == T_ALU;
+                if (levels >> 13 >> round & 1) {
+                    if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, page, a, operand);
                 }
-                if ((op & 7) == T_ALU) value = result;
-                if (levels >> 16 >> round & 1) {
+                if (simple) value = result;
+                if (levels >> 19 >> round & 1) {
                     leaving = stopped | warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
                     u32 va = a + t.imm;
                     u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
@@ -305,7 +365,7 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                     word = word >> (8 * va & 31) << shift;
                     word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
                     if (loads) value = word;
-                    if (levels >> 23 >> round & 1) {
+                    if (levels >> 25 >> round & 1) {
                         warp_sync();
                         if (ok && stores && (lanes_before(leaving) >> lane & 1))
                             lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
@@ -329,9 +389,12 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
             }
             bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !(stopped >> lane & 1) & !(here & 2);
             if (!behind) target = here;
+            if (!behind & (kind != T_EXIT)) follows = 0;
             leaving = stopped | warp_ballot((kind >= T_JUMP) | lane_leaves(op, a, b));
             leaving &= ~leaving + 1;
             target = warp_or(leaving >> lane & 1 ? target : 0);
+            next = warp_or(leaving >> lane & 1 ? follows : 0);
+            if (next == BUSY) next = 0;
             u32 counted = leaving - 1 + ((target & 3) == END_BEHIND ? leaving : 0);
             u32 writers = t.writers & counted;
             u32 written = warp_shuffle(value, last_of(writers));
@@ -356,7 +419,18 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
         } else if (leave == LEAVE_FILL) {
             if (warp_fill(place, miss_va, miss_store, pc, steps)) continue;
         }
-        u32 events = warp_step(place, text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS]);
+        u32 insn = text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS];
+        if (leave == LEAVE_STEP) {
+            WarpQuick quick = warp_quick(place, insn, warp_shuffle(x, insn >> 15), warp_shuffle(x, insn >> 20), mode);
+            if (quick.done) {
+                if (lane == (insn >> 7 & 31) && lane) x = quick.value;
+                pc += 4, left--;
+                if (left) continue;
+                warp_save(vm, x, pc, limit);
+                return 0;
+            }
+        }
+        u32 events = warp_step(place, insn);
         left--;
         if (left == 0 || (events & ~EV_JUMP)) return events;
         hart = warp_load(vm);

@@ -17,7 +17,7 @@
 #include "warp.cuh"
 
 #define TRACE_LANES 32u
-#define TRACE_LEVELS 7u
+#define TRACE_LEVELS 6u
 #define TEXT_WORDS (FRAME_BYTES / 4)
 #define NO_TEXT 0xFFFFFFFFu
 #define BUSY 0xFFFFFFFFu // in an index or the table: another warp is making it
@@ -59,11 +59,10 @@ enum TraceAlu : u32 {
 //          12:8 operand 1     13 a lane makes it                        15 A_ONE
 //          20:16 operand 2    21 a lane makes it                        23 A_BOTH
 //          27:24 number of another operation   30:28 level              31 A_SUM
-//   imm    immediate; of jumps and branches the target relative to the page, and END_BEHIND
+//   imm    immediate; of jumps, branches and T_EXIT the target relative to the page, and how it ends
 //   writers which lanes write register `lane`
 //   place  1:0 how it ends if this is the lane behind the last one      12:2 word in the page
-//          15:13 highest level up to this lane                22:16 levels with accesses
-//          29:23 levels with stores                                     30 some lane has another operation
+//          18:13 levels with accesses or other operations   24:19 with accesses   30:25 with stores
 struct alignas(16) TraceLane {
     u32 op, imm, writers, place;
 };
@@ -186,7 +185,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
 
     u32 window = ~0u, length = 0, at = start, highest = 0, accesses = 0, stores = 0, other = 0;
     u64 decoded = 0, mine = 0;
-    u32 my_level = 0, my_operands = 0, my_at = 0, my_highest = 0;
+    u32 my_level = 0, my_operands = 0, my_at = 0;
     u32 writer = ~0u, writers = 0; // of register `lane`
     u32 end_class = T_EXIT, end_target = 0;
     for (;;) {
@@ -221,6 +220,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         if (level > highest) highest = level;
         if (kind == T_LOAD || kind == T_STORE) accesses |= 1u << level;
         if (kind == T_STORE) stores |= 1u << level;
+        if (kind == T_ALU && low >> 3 & 15) other |= 1u << level;
 
         // where it is expected to go on: branches back are taken, others not
         u32 here = at;
@@ -231,15 +231,13 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
             at = imm / 4;
         } else if (kind == T_JUMP && imm < FRAME_BYTES) {
             word = trace_word(T_ALU, A_PAGE, rd, 0, 0, 4 * here + 4);
-            other |= rd != SINK;
+            other |= (u32)(rd != SINK) << level;
             at = imm / 4;
         } else if (kind == T_JUMP) {
             leaves = true;
         }
-        other |= kind == T_ALU && low >> 3 & 15;
         if (lane == length) {
             mine = word, my_level = level, my_operands = operand1 | operand2 << 6, my_at = here;
-            my_highest = highest;
         }
         if (lane == rd) writer = length, writers |= 1u << length;
         length++;
@@ -253,7 +251,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what ends it
         low = lane == length && end_class != T_ALU ? end_class : T_ALU | A_SUM << 3;
-        out.imm = 0, my_level = my_highest = highest, my_operands = 0, my_at = end_target / 4;
+        out.imm = lane == length ? end_target : 0, my_level = highest, my_operands = 0, my_at = end_target / 4;
         if (low == T_SLOW) ends = END_STEP;
     }
     u32 kind = low & 7, detail = low >> 3 & 0xff;
@@ -265,7 +263,7 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     else
         out.op |= (detail & 7) << 3;
     out.writers = writers;
-    out.place = ends | my_at << 2 | my_highest << 13 | accesses << 16 | stores << 23 | other << 30;
+    out.place = ends | my_at << 2 | (accesses | other) << 13 | accesses << 19 | stores << 25;
     trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();
