@@ -56,7 +56,7 @@ FN u32 forget(const Machine &m) {
                 if (cache.data[i].frame == frame) cache.data[i].tag = 0;
             if (warp_shuffle(m.flush_code, 0)) {
                 forget_fetches();
-                }
+            }
         }
         warp_sync();
     }
@@ -91,7 +91,8 @@ SLOW u32 warp_step(WarpPlace at, u32 insn) {
     return forget(m);
 }
 
-// Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has changed.
+// Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has
+// changed.
 SLOW bool warp_own(WarpPlace at, u32 page, u32 old) {
     Machine m = machine_at(at);
     u32 lane = warp_lane(), frame = NO_FRAME;
@@ -231,8 +232,8 @@ FN bool lane_leaves(u32 op, u32 a, u32 b) {
 
 enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
 
-// The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up: AMOs on
-// pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
+// The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up:
+// AMOs on pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
 struct WarpQuick {
     bool done;
     u32 value;
@@ -248,7 +249,7 @@ SLOW WarpQuick warp_quick(WarpPlace at, u32 insn, u32 a, u32 b, u32 mode) {
         DataEntry entry = cached_data(cache_place(), a);
         if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return q;
         u64 host = at.pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
-        q.value = load_if(true, host);
+        q.value = load_word(host);
         warp_sync();
         if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, q.value, b);
         warp_sync();
@@ -303,7 +304,7 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                     if (UNLIKELY(fetch.tag != (page | mode))) break;
                     index = texts + (u64)text * TEXT_BYTES + FRAME_BYTES;
                 }
-                trace = load_if(true, index + pc % FRAME_BYTES) - 1;
+                trace = load_word(index + pc % FRAME_BYTES) - 1;
                 // Another warp may just have made it, and lanes could see it before and after.
                 if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
                     leave = LEAVE_TRACE;
@@ -315,7 +316,7 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
             u32 a = warp_shuffle(x, op >> 8), b = warp_shuffle(x, op >> 16);
             // The trace that follows if it is left at this lane, where the page itself says so.
             bool leads = LEADS_ON >> (op & 7) & 1 && t.imm < FRAME_BYTES;
-            u32 follows = load_if(leads, index + (t.imm & ~3u));
+            u32 follows = load_word(index + (leads ? t.imm & ~3u : 0));
             const u32 levels = warp_or(place_bits & 0x7fffe000); // masks of levels: uniform
             u32 last = warp_max(op >> 28 & 7);
             const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
@@ -323,13 +324,15 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
             const u32 sums = byte_sign<3>(op);
             u32 here = page + (place_bits & 0x1fff); // how the trace ends, if it is left here
             u32 value = here + 4;                    // of jumps: the link
-            // Lanes at which the trace is left for certain, and those among them whose instruction has not happened.
+            // Lanes at which the trace is left for certain, and those among them whose instruction has not
+            // happened.
             u32 stopped = bit_or_none(left), leaving;
             for (u32 round = 0;; round++) {
                 forget_origin(op);
                 forget_origin(place_bits);
                 u32 operand = b + addend;
-                u32 result = ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
+                u32 result =
+                    ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
                 bool simple = (op & 0x0f000007) == T_ALU;
                 if (levels >> 13 >> round & 1) {
                     if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, page, a, operand);
@@ -349,13 +352,15 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
                         u32 kind = op & 7;
-                        u32 undecided = warp_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
+                        u32 undecided =
+                            warp_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
                         missing &= ~missing + 1;
                         leaving = stopped |= missing;
                         if (!(undecided & lanes_before(missing))) {
                             miss_va = warp_shuffle(va, first_of(missing));
                             miss_store = warp_shuffle((u32)stores, first_of(missing));
-                            if (missing >> lane & 1) here |= va & alignment(op >> 3 & 3) ? END_STEP : END_FILL;
+                            if (missing >> lane & 1)
+                                here |= va & alignment(op >> 3 & 3) ? END_STEP : END_FILL;
                         }
                     }
                     ok &= mine;
@@ -389,7 +394,7 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
             }
             bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !(stopped >> lane & 1) & !(here & 2);
             if (!behind) target = here;
-            if (!behind & (kind != T_EXIT)) follows = 0;
+            if (!leads || (!behind && kind != T_EXIT)) follows = 0;
             leaving = stopped | warp_ballot((kind >= T_JUMP) | lane_leaves(op, a, b));
             leaving &= ~leaving + 1;
             target = warp_or(leaving >> lane & 1 ? target : 0);
@@ -421,7 +426,8 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
         }
         u32 insn = text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS];
         if (leave == LEAVE_STEP) {
-            WarpQuick quick = warp_quick(place, insn, warp_shuffle(x, insn >> 15), warp_shuffle(x, insn >> 20), mode);
+            WarpQuick quick =
+                warp_quick(place, insn, warp_shuffle(x, insn >> 15), warp_shuffle(x, insn >> 20), mode);
             if (quick.done) {
                 if (lane == (insn >> 7 & 31) && lane) x = quick.value;
                 pc += 4, left--;

@@ -15,8 +15,8 @@ FN u8 *frame_at(Machine &m, u32 frame) { return m.frames + (u64)frame * FRAME_BY
 SLOW u32 frame_take(Machine &m) {
     Pool *pool = m.pool;
 #if defined(MACHINE_WARP) && MACHINE_GPU
-    // Frames come back between launches only: tickets from `tail` on find nothing and are all given back. A thousand
-    // warps that compare and swap would spend their time in it.
+    // Frames come back between launches only: tickets from `tail` on find nothing and are all given back. A
+    // thousand warps that compare and swap would spend their time in it.
     u64 ticket = atomicAdd((unsigned long long *)&pool->head, 1ull);
     if (ticket < relaxed_load(&pool->tail))
         return *((const volatile u32 *)(uintptr_t)pool->ring_ptr + ticket % pool->capacity);

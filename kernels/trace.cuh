@@ -1,7 +1,7 @@
-// Traces: what engine W executes. A trace is up to 31 instructions along the path that the program is expected
-// to take through one page; every lane of a warp holds one of them. Lanes whose operands are ready execute at
-// the same time: an instruction's *level* is the length of the longest chain of instructions in the trace that
-// it waits for, so a trace takes as many rounds as it has levels.
+// Traces: what engine W executes. A trace is up to 31 instructions along the path that the program is
+// expected to take through one page; every lane of a warp holds one of them. Lanes whose operands are ready
+// execute at the same time: an instruction's *level* is the length of the longest chain of instructions in
+// the trace that it waits for, so a trace takes as many rounds as it has levels.
 //
 // Where a trace can end early (a branch that goes the other way, an access that needs more than the
 // translations at hand, the end of the slice), all before that lane has happened and nothing behind it has:
@@ -10,8 +10,9 @@
 //   - a load behind a store that could overlap it is on a higher level;
 //   - values stay in the lanes until the trace is left, and only those of lanes that count are kept.
 //
-// Texts hold decoded code. They are found by what a page says, not by who has it: all VMs whose page holds the
-// same instructions share one, and frames that only look alike are told apart by comparing all their words.
+// Texts hold decoded code. They are found by what a page says, not by who has it: all VMs whose page holds
+// the same instructions share one, and frames that only look alike are told apart by comparing all their
+// words.
 #pragma once
 #include "memory.cuh"
 #include "warp.cuh"
@@ -22,11 +23,12 @@
 #define NO_TEXT 0xFFFFFFFFu
 #define BUSY 0xFFFFFFFFu // in an index or the table: another warp is making it
 
-// T_EXIT and T_SLOW stand behind the last instruction: the trace ends, or the instruction there is not for lanes.
+// T_EXIT and T_SLOW stand behind the last instruction: the trace ends, or the instruction there is not for
+// lanes.
 enum TraceClass : u32 { T_ALU, T_LOAD, T_STORE, T_BRANCH, T_JUMP, T_JALR, T_EXIT, T_SLOW };
 
-// Details of integer operations. The simple ones are put together from a sum and two bitwise parts; the others are
-// numbered in bits 3:0, and so rare that a trace without them skips them.
+// Details of integer operations. The simple ones are put together from a sum and two bitwise parts; the
+// others are numbered in bits 3:0, and so rare that a trace without them skips them.
 #define A_MINUS 0x10u // of a sum: a - b
 #define A_ONE 0x20u   // a ^ b
 #define A_BOTH 0x40u  // a & b
@@ -38,7 +40,19 @@ enum TraceAlu : u32 {
     A_OR = A_BOTH | A_ONE,
     A_XOR = A_ONE,
     A_PAGE = 1, // page + immediate
-    A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA, A_MUL, A_MULH, A_MULHSU, A_MULHU, A_DIV, A_DIVU, A_REM, A_REMU
+    A_SLT,
+    A_SLTU,
+    A_SLL,
+    A_SRL,
+    A_SRA,
+    A_MUL,
+    A_MULH,
+    A_MULHSU,
+    A_MULHU,
+    A_DIV,
+    A_DIVU,
+    A_REM,
+    A_REMU
 };
 
 // Branch details: the trace is left if (bit 1 ? less : equal) differs from bit 0; bit 2: less is signed.
@@ -46,15 +60,15 @@ enum TraceAlu : u32 {
 #define BRANCH_LESS 2u
 #define BRANCH_SIGNED 4u
 
-// How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or before it and
-// something has to be done there first.
+// How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or
+// before it and something has to be done there first.
 #define END_BEFORE 0u
 #define END_BEHIND 1u
 #define END_STEP 2u
 #define END_FILL 3u
 
-// One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction makes
-// masks of them. Operands are registers, or lanes that make them.
+// One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction
+// makes masks of them. Operands are registers, or lanes that make them.
 //   op     2:0 class          5:3 detail of accesses and branches       7 A_MINUS
 //          12:8 operand 1     13 a lane makes it                        15 A_ONE
 //          20:16 operand 2    21 a lane makes it                        23 A_BOTH
@@ -92,7 +106,8 @@ FN u32 wait_for(const u32 *word, u32 seen) {
     return seen;
 }
 
-// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 21:17, rs2 26:22.
+// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 21:17, rs2
+// 26:22.
 FN u64 trace_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
     return (u64)(kind | detail << 3 | rd << 11 | rs1 << 17 | rs2 << 22) | (u64)imm << 32;
 }
@@ -209,10 +224,9 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
         if (by1 != ~0u) operand1 = by1 | 32, level = level1 + 1;
         if (by2 != ~0u) operand2 = by2 | 32, level = level2 + 1 > level ? level2 + 1 : level;
         if (kind == T_LOAD || kind == T_STORE) {
-            u32 behind =
-                lane < length
-                    ? level_behind(mine, my_operands & 63, my_level, kind, operand1, imm, 1u << (low >> 3 & 3))
-                    : 0;
+            u32 behind = lane < length ? level_behind(mine, my_operands & 63, my_level, kind, operand1, imm,
+                                                      1u << (low >> 3 & 3))
+                                       : 0;
             behind = warp_max(behind);
             if (behind > level) level = behind;
         }
@@ -251,7 +265,8 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what ends it
         low = lane == length && end_class != T_ALU ? end_class : T_ALU | A_SUM << 3;
-        out.imm = lane == length ? end_target : 0, my_level = highest, my_operands = 0, my_at = end_target / 4;
+        out.imm = lane == length ? end_target : 0, my_level = highest, my_operands = 0,
+        my_at = end_target / 4;
         if (low == T_SLOW) ends = END_STEP;
     }
     u32 kind = low & 7, detail = low >> 3 & 0xff;
@@ -271,8 +286,8 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     return number;
 }
 
-// The text of a frame, found by its words or made; all lanes. NO_TEXT if there is no room for another, or this
-// VM has made its share.
+// The text of a frame, found by its words or made; all lanes. NO_TEXT if there is no room for another, or
+// this VM has made its share.
 SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
     u32 lane = warp_lane();
     u32 *codes = (u32 *)(uintptr_t)pool->code_of_ptr;

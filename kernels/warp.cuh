@@ -1,12 +1,12 @@
-// What a warp can do together, for engine W. A GPU does it in hardware; kernels/tests/warp_cpu.cpp does it with
-// 32 fibers, so that the engine is tested where there is no GPU.
+// What a warp can do together, for engine W. A GPU does it in hardware; kernels/tests/warp_cpu.cpp does it
+// with 32 fibers, so that the engine is tested where there is no GPU.
 #pragma once
 #include "base.cuh"
 
 #define ALL_LANES 0xFFFFFFFFu
 
-// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; of data
-// also TAG_WRITABLE, if stores may go to the frame directly.
+// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; of
+// data also TAG_WRITABLE, if stores may go to the frame directly.
 #define DATA_ENTRIES 128u
 #define FETCH_ENTRIES 64u
 #define TAG_WRITABLE 0x10u
@@ -60,7 +60,10 @@ FN CachePlace cache_place() { return (u32)__cvta_generic_to_shared(&warp_cache()
 FN DataEntry cached_data(CachePlace cache, u32 va) {
     DataEntry entry;
     u32 at = cache + (va >> 9 & (DATA_ENTRIES - 1) * 8);
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.tag), "=r"(entry.frame) : "r"(at) : "memory");
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(entry.tag), "=r"(entry.frame)
+                 : "r"(at)
+                 : "memory");
     return entry;
 }
 FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
@@ -71,6 +74,11 @@ FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
                  : "r"(at), "n"(DATA_ENTRIES * 8)
                  : "memory");
     return entry;
+}
+FN u32 load_word(u64 address) {
+    u32 word;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
 }
 // Guest RAM for lanes that take part, without a branch.
 FN u32 load_if(bool take, u64 address) {
@@ -107,7 +115,10 @@ FN void forget_origin(u32 &) {}
 typedef WarpCache *CachePlace;
 FN CachePlace cache_place() { return &warp_cache(); }
 FN DataEntry cached_data(CachePlace cache, u32 va) { return cache->data[va / FRAME_BYTES % DATA_ENTRIES]; }
-FN FetchEntry cached_fetch(CachePlace cache, u32 pc) { return cache->fetch[pc / FRAME_BYTES % FETCH_ENTRIES]; }
+FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
+    return cache->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+}
+FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
 FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
 
 #endif
