@@ -18,7 +18,7 @@ use crate::memory::SharedFrames;
 
 /// Register budgets, and the VMs per multiprocessor up to which each is the best: with few, each thread may have what
 /// it likes; with many, more warps have to fit.
-const REGISTERS: [(u32, u32); 2] = [(16, 96), (u32::MAX, 64)];
+const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 /// Threads that set up one VM.
 const SETUP_THREADS: u32 = 128;
 /// Decoded code is not cleared more often.
@@ -68,6 +68,8 @@ pub(super) struct Device {
     tables: Buffer,
     first_table: Buffer,
     pages: u32,
+    /// Where in its memory the frames begin.
+    first_frame: u64,
     // reached through the pool alone
     _memory: [Buffer; 6],
 }
@@ -117,7 +119,9 @@ impl Device {
         })?;
         let frames = u64::from(plan.private_frames) + u64::from(shared.count);
         let words = |count: u64| count * 4;
-        let base = take(&context, "guest RAM", frames * u64::from(FRAME_BYTES))?;
+        // Engine W puts addresses together from a frame's and the offset in it.
+        let base = take(&context, "guest RAM", (frames + 1) * u64::from(FRAME_BYTES))?;
+        let first_frame = base.address().next_multiple_of(FRAME_BYTES.into()) - base.address();
         let ring = take(&context, "the free list", words(plan.private_frames.into()))?;
         let code_of = take(&context, "the code table", words(frames))?;
         let texts = take(&context, "texts", u64::from(plan.texts) * u64::from(TEXT_BYTES))?;
@@ -152,6 +156,7 @@ impl Device {
             resources,
             code,
             pages,
+            first_frame,
             _memory: [base, ring, code_of, texts, text_table, traces],
         };
         device.fill(config, shared)?;
@@ -165,7 +170,7 @@ impl Device {
         let stream = crate::fleet::lock(&self.control);
         let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
         shared.fill(&config.boot, &mut frames);
-        base.write(&stream, 0, &frames)?;
+        base.write(&stream, self.first_frame, &frames)?;
         for start in (0..self.plan.private_frames).step_by(CHUNK as usize) {
             let end = self.plan.private_frames.min(start.saturating_add(CHUNK));
             let numbers: Vec<u32> = (start..end).map(|i| shared.count + i).collect();
@@ -175,7 +180,7 @@ impl Device {
         text_table.zero(&stream, 0, text_table.bytes())?;
         self.first_table.write(&stream, 0, &shared.table)?;
         let pool = Pool {
-            base_ptr: base.address(),
+            base_ptr: base.address() + self.first_frame,
             ring_ptr: ring.address(),
             head: 0,
             tail: self.plan.private_frames.into(),
@@ -285,8 +290,8 @@ impl Device {
         unsafe {
             self.tables.read(&stream, u64::from(index) * u64::from(self.pages) * 4, &mut table)?;
             for (entry, page) in table.iter().zip(ram.chunks_exact_mut(FRAME_BYTES as usize)) {
-                let frame = u64::from(entry & FRAME_MASK);
-                self._memory[0].read(&stream, frame * u64::from(FRAME_BYTES), page)?;
+                let at = u64::from(entry & FRAME_MASK) * u64::from(FRAME_BYTES);
+                self._memory[0].read(&stream, self.first_frame + at, page)?;
             }
         }
         Ok(ram)
@@ -299,9 +304,10 @@ mod tests {
 
     #[test]
     fn large_fleets_get_fewer_registers() {
-        assert_eq!([1, 132, 1024, 2112].map(|vms| registers(vms, 132)), [96; 4]);
-        assert_eq!([2113, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
+        assert_eq!([1, 132, 1024, 1584].map(|vms| registers(vms, 132)), [128; 4]);
+        assert_eq!([1585, 2640].map(|vms| registers(vms, 132)), [96; 2]);
+        assert_eq!([2641, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
         assert_eq!(registers(1024, 20), 64);
-        assert_eq!(registers(1, 0), 96);
+        assert_eq!(registers(1, 0), 128);
     }
 }

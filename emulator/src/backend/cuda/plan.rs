@@ -70,7 +70,11 @@ impl Demand {
         let (vms, pages) = (u64::from(self.vms), u64::from(self.pages));
         let usable = free - RESERVE_BYTES.min(free / 100 * RESERVE_PERCENT);
         // Tables: one for each VM, and the first one.
-        let fixed = vms * size_of::<Vm>() as u64 + (vms + 1) * pages * 4 + size_of::<Pool>() as u64;
+        // And a frame to align them.
+        let fixed = vms * size_of::<Vm>() as u64
+            + (vms + 1) * pages * 4
+            + size_of::<Pool>() as u64
+            + u64::from(FRAME_BYTES);
         let shared = u64::from(self.shared_frames) * FRAME_COST;
         let rest = usable.checked_sub(fixed + shared)?;
         let texts = (usable / 100 * CODE_PERCENT / CODE_COST).clamp(*TEXTS.start(), *TEXTS.end());
