@@ -5,6 +5,7 @@ pub mod bench;
 pub mod console;
 pub mod fleet;
 pub mod live;
+pub mod lockstep;
 pub mod load;
 mod machines;
 pub mod pcap;
@@ -38,6 +39,8 @@ pub enum Command {
     Fleet(FleetArgs),
     /// Boot fleets of several sizes, one after the other, and measure.
     Bench(BenchArgs),
+    /// Boot the same VMs on the CPU and on a GPU, and compare them bit for bit on the way.
+    Lockstep(LockstepArgs),
     /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
     Load(LoadArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
@@ -230,6 +233,46 @@ pub struct BenchArgs {
     /// The commit that is measured, for the JSON.
     #[arg(long, value_name = "HASH")]
     pub commit: Option<String>,
+}
+
+/// `emulator lockstep`.
+#[derive(Debug, Args)]
+pub struct LockstepArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Number of VMs.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// RAM of each VM, as in 16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ram: Option<u64>,
+
+    /// Steps of each VM.
+    #[arg(long, value_name = "STEPS", default_value_t = 12_000_000)]
+    pub steps: u64,
+
+    /// Steps between two comparisons.
+    #[arg(long, value_name = "STEPS", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub every: u64,
+
+    /// The guests' randomness comes from this number.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    pub seed: u64,
+
+    /// GPUs that share the VMs, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "0")]
+    pub gpus: Gpus,
+
+    /// Registers of each GPU thread [default: by the fleet's size].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]
+    pub gpu_registers: Option<u32>,
+
+    /// Where both states go if they differ.
+    #[arg(long, value_name = "DIR", default_value = "lockstep-mismatch")]
+    pub mismatch: PathBuf,
 }
 
 /// `emulator load`.

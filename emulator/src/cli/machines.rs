@@ -138,7 +138,7 @@ fn open_cuda(
 }
 
 /// Python environments that `cargo xtask doctor` and `cargo xtask test` make for the compiler.
-fn compiler_environments() -> Vec<PathBuf> {
+pub fn compiler_environments() -> Vec<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     folder("NVRTC_ENVIRONMENT")
