@@ -27,6 +27,8 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
+    /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
+    Load(LoadArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor,
     /// Run all checks and tests; installs what they need, and says what it skips and why.
@@ -222,6 +224,15 @@ pub struct StatusArgs {
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
+}
+
+/// `cargo xtask load`.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub struct LoadArgs {
+    /// Options of `emulator load`; --help lists them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub options: Vec<std::ffi::OsString>,
 }
 
 /// `cargo xtask test`.

@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::command(&args),
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
+        Command::Load(args) => run::load(args),
         Command::Doctor => doctor::command(),
         Command::Test(args) => test::command(&args),
     };
