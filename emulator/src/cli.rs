@@ -6,6 +6,7 @@ pub mod fleet;
 pub mod live;
 mod machines;
 mod progress;
+mod web;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use emulator::backend::cuda::Gpus;
 use emulator::console::place::{self, Place};
 use emulator::fleet::capacity::parse_size;
+use emulator::web::bind::Choice as WebChoice;
 
 /// A fleet of RV32IMA Linux virtual machines in one GPU, or on the CPU.
 #[derive(Debug, Parser)]
@@ -63,6 +65,12 @@ pub struct FleetArgs {
     /// VM N's web server is reached on port BASE + N of 127.0.0.1.
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
+
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token, which is printed,
+    /// or taken from the variable LINUX_ON_GPU_TOKEN.
+    #[arg(long, value_name = "ADDR|off")]
+    pub web: Option<WebChoice>,
 
     /// Guest time after the boot: with the wall clock, or with executed instructions, jumping over idle times.
     #[arg(long, value_enum, default_value_t = Time::Real)]
@@ -291,6 +299,7 @@ mod tests {
             ["--port-base", "70000"],
             ["--ram", "8X"],
             ["--vms", "-1"],
+            ["--web", "here"],
         ] {
             assert!(
                 Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(),

@@ -116,6 +116,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
 
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token: docs/web.md.
+    #[arg(long, value_name = "ADDR|off")]
+    pub web: Option<String>,
+
     /// Guest time after the boot: with the wall clock (real), or with executed instructions, jumping over idle times
     /// (virtual) [default: the profile's].
     #[arg(long, value_parser = ["real", "virtual"])]

@@ -37,6 +37,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     if let Some(threads) = args.threads {
         give("threads", &threads);
     }
+    if let Some(web) = &args.web {
+        give("web", web);
+    }
     if let Some(until) = &args.until {
         give("until", until);
     }

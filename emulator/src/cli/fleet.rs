@@ -25,7 +25,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use super::live::Live;
 use super::machines::Opened;
 use super::progress::Progress;
-use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
+use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
 /// How often signals and times are looked at when the fleet tells no news.
 const TICK: Duration = Duration::from_millis(100);
@@ -109,12 +109,15 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
+    let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
     let ports = BridgeConfig::new(args.port_base, args.vms);
     if args.net == NetMode::User {
         ports::check(&ports.ports).into_diagnostic()?;
     }
+    // A page that can't be served is known before the machines are opened, too.
+    let page = web::bind(args)?;
     let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
@@ -142,6 +145,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
+    let page = match page {
+        Some(page) => {
+            Some(page.serve(&progress, bridge.as_ref().map(|bridge| bridge.config().ports), facts)?)
+        }
+        None => None,
+    };
     fleet.start().into_diagnostic()?;
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
@@ -149,6 +158,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             say(format_args!("{note}"));
         }
         print_urls(args);
+        if let Some(page) = &page {
+            say(format_args!("All VMs on one page: {}", page.url));
+        }
         say(format_args!("Console logs: {}", claim.place.console().display()));
     }
     let asking = match (&progress.http, &bridge) {
@@ -161,6 +173,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
 
     let end = wait_for_end(args, &progress, &claim, signal);
 
+    drop(page);
     progress.stop_asking();
     if let Some(asking) = asking {
         // A panic was printed; the outcome is missing then, which has been dealt with.
@@ -212,7 +225,7 @@ fn make_fleet(
 fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &AtomicI32) -> End {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
-    let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
+    let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
     let mut seen = 0;
     let end = loop {
         seen = fleet.wait(seen, TICK);
@@ -221,7 +234,7 @@ fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &A
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
         }
         // With --until the error tells.
-        if args.until.is_none() && fleet.downs() != downs.told {
+        if args.until.is_none() && fleet.downs() != downs.known_down {
             downs.tell(fleet, claim);
         }
         match signal.load(SeqCst) {
@@ -322,14 +335,22 @@ fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::
 /// Tells which VMs have ended while the others go on.
 struct Downs {
     known: Vec<bool>,
+    /// Those of them that are true. A reset takes a VM from this list.
+    known_down: u32,
     told: u32,
 }
 
 impl Downs {
     fn tell(&mut self, fleet: &Fleet, claim: &Claim) {
         for vm in 0..fleet.vms() {
-            if !fleet.is_down(vm) || std::mem::replace(&mut self.known[vm as usize], true) {
-                continue;
+            let down = fleet.is_down(vm);
+            match (std::mem::replace(&mut self.known[vm as usize], down), down) {
+                (true, true) | (false, false) => continue,
+                (true, false) => {
+                    self.known_down -= 1;
+                    continue;
+                }
+                (false, true) => self.known_down += 1,
             }
             self.told += 1;
             let status = fleet.status(vm);

@@ -55,6 +55,15 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         if !shared.sched.take(part, batch, &mut turns) {
             break;
         }
+        turns.retain(|turn| {
+            if turn.reset {
+                shared.start_over(turn.vm);
+            }
+            !turn.reset
+        });
+        if turns.is_empty() {
+            continue;
+        }
         let (now, advice) = (Instant::now(), engine.budget());
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let ran = engine.run(&slices, &mut results);
@@ -247,6 +256,31 @@ impl Shared {
         self.sched.requeue(vm, Class::Boot);
     }
 
+    /// The user's reset. The VM has this worker's turn, so no engine runs it.
+    fn start_over(&self, vm: u32) {
+        let state = &self.vms[vm as usize];
+        if let Err(error) = self.reset(vm) {
+            let why = Life::Failed(format!("it could not be reset: {error}"));
+            // Those that are down are counted as such already.
+            match state.down.load(SeqCst) {
+                true => self.sched.retire(vm),
+                false => self.take_down(vm, why),
+            }
+            return;
+        }
+        state.console.reset();
+        {
+            let mut record = lock(&state.record);
+            record.restart();
+            record.futile_boots = 0;
+        }
+        if state.down.swap(false, SeqCst) {
+            self.downs.fetch_sub(1, SeqCst);
+        }
+        self.changed();
+        self.sched.requeue(vm, Class::Boot);
+    }
+
     fn reset(&self, vm: u32) -> Result<(), EngineError> {
         let _one_at_a_time = lock(&self.resetting);
         self.machines.reset(vm)
@@ -257,8 +291,9 @@ impl Shared {
         lock(&state.record).life = life;
         state.down.store(true, SeqCst);
         self.downs.fetch_add(1, SeqCst);
-        self.sched.retire(vm);
         state.console.close();
+        // The last: from here on another worker may reset it.
+        self.sched.retire(vm);
         self.mark_dirty(vm);
         self.call_bridge();
         self.changed();

@@ -1,0 +1,82 @@
+//! The page of a run.
+
+use std::net::TcpListener;
+use std::sync::Arc;
+
+use emulator::net::rewrite::Ports;
+use emulator::web::bind::Choice;
+use emulator::web::guard::Gate;
+use emulator::web::{self, Config, Facts, Server};
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+
+use super::progress::Progress;
+use super::{FleetArgs, Until};
+
+/// The token, for addresses beyond loopback. Not an argument: other users see arguments.
+const TOKEN: &str = "LINUX_ON_GPU_TOKEN";
+
+/// An address that was taken for the page.
+pub struct Bound {
+    listener: TcpListener,
+    gate: Gate,
+}
+
+/// The page, served until dropped.
+pub struct Page {
+    /// Its address.
+    pub url: String,
+    _server: Server,
+}
+
+/// Takes the page's address, if one is wanted.
+pub fn bind(args: &FleetArgs) -> Result<Option<Bound>> {
+    let choice = args.web.unwrap_or(match args.until {
+        Some(Until::Ready | Until::Http) => Choice::Off,
+        _ => Choice::Default,
+    });
+    let Some(listener) = web::bind::bind(choice).into_diagnostic()? else { return Ok(None) };
+    let token = match std::env::var(TOKEN) {
+        Ok(token) if token.is_empty() => None,
+        Ok(token) => Some(token),
+        Err(std::env::VarError::NotPresent) => None,
+        Err(error) => return Err(miette!("the variable {TOKEN}: {error}")),
+    };
+    let at = listener.local_addr().into_diagnostic()?;
+    let gate = Gate::new(at, token).map_err(|why| miette!("the variable {TOKEN}: {why}"))?;
+    Ok(Some(Bound { listener, gate }))
+}
+
+impl Bound {
+    /// Serves. `ram` and `image` are the guests'.
+    pub fn serve(
+        self,
+        progress: &Arc<Progress>,
+        ports: Option<Ports>,
+        (ram, image): (u64, String),
+    ) -> Result<Page> {
+        let fleet = progress.fleet.clone();
+        let status = progress.clone();
+        let facts = Facts {
+            fleet: format!("{}-{image:.16}-{}", std::process::id(), epoch_millis()),
+            version: env!("CARGO_PKG_VERSION"),
+            vms: fleet.vms(),
+            backend: fleet.backend(),
+            engine: fleet.engine(),
+            ram_bytes: ram,
+            image,
+            port_base: ports.map(|ports| ports.base),
+            terminal: web::HAS_TERMINAL,
+        };
+        let url = self.gate.url();
+        let config = Config { fleet, facts, status: Box::new(move || status.status()), ports };
+        let server = Server::start(self.listener, self.gate, config)
+            .into_diagnostic()
+            .wrap_err_with(|| format!("the page at {url}"))?;
+        Ok(Page { url, _server: server })
+    }
+}
+
+/// Tells runs apart, nothing more.
+fn epoch_millis() -> u128 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis())
+}
