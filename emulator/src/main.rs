@@ -24,6 +24,9 @@ fn main() -> ExitCode {
         cli::Command::Bench(args) => cli::bench::run(args),
         cli::Command::Console(args) => cli::console::console(args),
         cli::Command::Status(args) => cli::console::status(args),
+        cli::Command::Pause(args) => cli::console::act(args, "pause"),
+        cli::Command::Resume(args) => cli::console::act(args, "resume"),
+        cli::Command::Reset(args) => cli::console::act(args, "reset"),
     };
     match result {
         Ok(code) => code,

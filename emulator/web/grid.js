@@ -4,8 +4,12 @@ import { NO_UPTIME } from "./fleet.js";
 import { STATES, colour, mips, short, time } from "./format.js";
 
 // Widths and heights of tiles, by zoom. 0 on the slider: as large as all fit.
-const SIZES = [[6, 6], [10, 10], [16, 16], [30, 26], [76, 44], [236, 92]];
-const GAPS = [1, 1, 2, 3, 4, 8];
+const SIZES = [[6, 6], [10, 10], [16, 16], [30, 26], [76, 44], [148, 62], [236, 92]];
+const GAPS = [1, 1, 2, 3, 4, 6, 8];
+// From these levels on, tiles have text, and the last line of the console.
+const TEXT = 4;
+const LINES = 5;
+const LARGEST = SIZES.length - 1;
 const EDGE = 2;
 
 export class Grid extends EventTarget {
@@ -59,9 +63,9 @@ export class Grid extends EventTarget {
 
   // VMs whose lines are on the screen.
   visible() {
-    const { columns, rows, first, size } = this.#layout();
+    const { columns, rows, first, level } = this.#layout();
     const wanted = [];
-    if (size[0] >= 200) {
+    if (level >= LINES) {
       for (let i = first * columns; i < Math.min((first + rows) * columns, this.#count()); i++) {
         wanted.push(this.#vm(i));
       }
@@ -84,7 +88,7 @@ export class Grid extends EventTarget {
     const columns = (level) => Math.max(1, Math.floor((width - 2 * EDGE + GAPS[level]) / (SIZES[level][0] + GAPS[level])));
     let level = this.zoom - 1;
     if (level < 0) {
-      level = SIZES.length - 1;
+      level = LARGEST;
       const fits = (n) => Math.ceil(count / columns(n)) * (SIZES[n][1] + GAPS[n]) <= height + GAPS[n];
       while (level > 0 && !fits(level)) level--;
     }
@@ -145,7 +149,7 @@ export class Grid extends EventTarget {
     const colours = this.#colours;
     const state = fleet.states[vm];
     const name = STATES[state];
-    if (level < 4) {
+    if (level < TEXT) {
       draw.fillStyle = colours[name];
       draw.fillRect(x, y, width, height);
       // Not by colour alone.
@@ -191,28 +195,35 @@ export class Grid extends EventTarget {
       draw.fillText(words, right ? x + width - 9 : x + 12, y + line, room);
       draw.textAlign = "left";
     };
-    draw.font = "600 13px system-ui, sans-serif";
-    if (level === 4) {
+    const [bold, plain, mono] = ["600 13px system-ui, sans-serif", "11.5px system-ui, sans-serif", "11px ui-monospace, monospace"];
+    const uptime = fleet.uptime[vm];
+    const up = uptime === NO_UPTIME ? page(fleet, vm) : `up ${time(uptime)}`;
+    draw.font = bold;
+    if (level === TEXT) {
       text(vm, 18);
-      draw.font = "11px system-ui, sans-serif";
+      draw.font = plain;
       text(state === 0 || state > 3 ? name : mips(fleet.kips[vm]), 34, true);
       return;
     }
-    text(`VM ${vm}`, 20);
-    draw.font = "12px system-ui, sans-serif";
-    text(name, 20, false, true);
-    const uptime = fleet.uptime[vm];
-    text(mips(fleet.kips[vm]), 40, true);
-    text(uptime === NO_UPTIME ? page(fleet, vm) : `up ${time(uptime)}`, 40, true, true);
-    text(`${short(fleet.packets[vm])} packets`, 58, true);
-    text(fleet.answers[vm] === 1 ? `page in ${fleet.millis[vm]} ms` : "", 58, true, true);
+    text(`VM ${vm}`, level === LARGEST ? 20 : 17);
+    draw.font = plain;
+    text(name, level === LARGEST ? 20 : 17, false, true);
+    if (level === LARGEST) {
+      text(mips(fleet.kips[vm]), 40, true);
+      text(up, 40, true, true);
+      text(`${short(fleet.packets[vm])} packets`, 58, true);
+      text(fleet.answers[vm] === 1 ? `page in ${fleet.millis[vm]} ms` : "", 58, true, true);
+    } else {
+      text(mips(fleet.kips[vm]), 35, true);
+      text(up, 35, true, true);
+    }
     draw.save();
     draw.beginPath();
-    draw.rect(x + 6, y + 64, width - 14, height - 66);
+    draw.rect(x + 6, y + height - 26, width - 14, 24);
     draw.clip();
-    draw.font = "11px ui-monospace, monospace";
+    draw.font = mono;
     draw.fillStyle = colours.text;
-    draw.fillText(fleet.lines.get(vm) ?? "", x + 12, y + 79);
+    draw.fillText(fleet.lines.get(vm) ?? "", x + 12, y + height - (level === LARGEST ? 13 : 9));
     draw.restore();
   }
 
@@ -230,7 +241,7 @@ export class Grid extends EventTarget {
     const i = event ? this.#at(event) : -1;
     const vm = i < 0 ? undefined : this.#vm(i);
     this.canvas.style.cursor = vm === undefined ? "" : "pointer";
-    const large = this.#layout().level === SIZES.length - 1;
+    const large = this.#layout().level === LARGEST;
     if (vm !== this.hovered) {
       this.hovered = vm;
       this.dispatchEvent(new Event("visible"));

@@ -71,6 +71,7 @@ function route() {
   if (!fleet.facts) return;
   const vm = /^#\/vm\/(\d+)$/.exec(location.hash)?.[1];
   const there = vm !== undefined && +vm < fleet.vms;
+  const came = !byId("vm-view").hidden;
   byId("vm-view").hidden = !there;
   byId("fleet-view").hidden = there;
   byId("tip").hidden = true;
@@ -80,7 +81,8 @@ function route() {
   } else {
     detail.close();
     draw();
-    grid.box.focus({ preventScroll: true });
+    // Back from a VM, the keys go on where they were.
+    if (came) grid.box.focus({ preventScroll: true });
   }
   watch();
 }

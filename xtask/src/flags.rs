@@ -27,6 +27,12 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
+    /// Keep VMs of a running fleet from running.
+    Pause(ActArgs),
+    /// Let paused VMs go on.
+    Resume(ActArgs),
+    /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    Reset(ActArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor,
     /// Run all checks and tests; installs what they need, and says what it skips and why.
@@ -180,6 +186,18 @@ pub struct ConsoleArgs {
 /// `cargo xtask status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// `cargo xtask pause`, `resume` and `reset`.
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,

@@ -1,9 +1,9 @@
-//! `cargo xtask run`, `console` and `status`: an image, the emulator, and what the user said.
+//! `cargo xtask run`, `console`, `status`, `pause`, `resume` and `reset`: an image, the emulator, and what the user said.
 
 use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
-use crate::flags::{ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
 use crate::repo;
@@ -65,6 +65,11 @@ pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
 /// `cargo xtask status`.
 pub fn status(args: &StatusArgs) -> miette::Result<()> {
     attach(vec!["status".into()], &args.fleet)
+}
+
+/// `cargo xtask pause`, `resume` and `reset`.
+pub fn act(action: &str, args: &ActArgs) -> miette::Result<()> {
+    attach(vec![action.into(), args.vms.clone().into()], &args.fleet)
 }
 
 fn attach(mut words: Vec<OsString>, fleet: &FleetChoice) -> miette::Result<()> {

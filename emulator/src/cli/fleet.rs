@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
-use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
 use emulator::fleet::capacity::size;
@@ -136,21 +135,11 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
     });
-    let control = {
-        let progress = progress.clone();
-        Control::serve(&claim, fleet.clone(), Box::new(move || progress.status()))
-            .into_diagnostic()
-            .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
-    };
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
-    let page = match page {
-        Some(page) => {
-            Some(page.serve(&progress, bridge.as_ref().map(|bridge| bridge.config().ports), facts)?)
-        }
-        None => None,
-    };
+    let server =
+        web::serve(page, &claim, &progress, bridge.as_ref().map(|bridge| bridge.config().ports), facts)?;
     fleet.start().into_diagnostic()?;
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
@@ -158,8 +147,8 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             say(format_args!("{note}"));
         }
         print_urls(args);
-        if let Some(page) = &page {
-            say(format_args!("All VMs on one page: {}", page.url));
+        if let Some(url) = &server.url {
+            say(format_args!("All VMs on one page: {url}"));
         }
         say(format_args!("Console logs: {}", claim.place.console().display()));
     }
@@ -173,7 +162,6 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
 
     let end = wait_for_end(args, &progress, &claim, signal);
 
-    drop(page);
     progress.stop_asking();
     if let Some(asking) = asking {
         // A panic was printed; the outcome is missing then, which has been dealt with.
@@ -182,7 +170,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
     fleet.stop();
     *report = progress.report();
-    drop(control);
+    drop(server);
     match end {
         End::Failed(error) => {
             // VMs that run but did not reach the goal are failures too.

@@ -1,8 +1,9 @@
-//! The page of a run.
+//! The page and the control socket of a run.
 
 use std::net::TcpListener;
 use std::sync::Arc;
 
+use emulator::console::place::Claim;
 use emulator::net::rewrite::Ports;
 use emulator::web::bind::Choice;
 use emulator::web::guard::Gate;
@@ -21,10 +22,10 @@ pub struct Bound {
     gate: Gate,
 }
 
-/// The page, served until dropped.
-pub struct Page {
-    /// Its address.
-    pub url: String,
+/// The control socket and the page, served until dropped.
+pub struct Served {
+    /// The page's address, if there is one.
+    pub url: Option<String>,
     _server: Server,
 }
 
@@ -46,34 +47,34 @@ pub fn bind(args: &FleetArgs) -> Result<Option<Bound>> {
     Ok(Some(Bound { listener, gate }))
 }
 
-impl Bound {
-    /// Serves. `ram` and `image` are the guests'.
-    pub fn serve(
-        self,
-        progress: &Arc<Progress>,
-        ports: Option<Ports>,
-        (ram, image): (u64, String),
-    ) -> Result<Page> {
-        let fleet = progress.fleet.clone();
-        let status = progress.clone();
-        let facts = Facts {
-            fleet: format!("{}-{image:.16}-{}", std::process::id(), epoch_millis()),
-            version: env!("CARGO_PKG_VERSION"),
-            vms: fleet.vms(),
-            backend: fleet.backend(),
-            engine: fleet.engine(),
-            ram_bytes: ram,
-            image,
-            port_base: ports.map(|ports| ports.base),
-            terminal: web::HAS_TERMINAL,
-        };
-        let url = self.gate.url();
-        let config = Config { fleet, facts, status: Box::new(move || status.status()), ports };
-        let server = Server::start(self.listener, self.gate, config)
-            .into_diagnostic()
-            .wrap_err_with(|| format!("the page at {url}"))?;
-        Ok(Page { url, _server: server })
-    }
+/// Serves. `ram` and `image` are the guests'.
+pub fn serve(
+    page: Option<Bound>,
+    claim: &Claim,
+    progress: &Arc<Progress>,
+    ports: Option<Ports>,
+    (ram, image): (u64, String),
+) -> Result<Served> {
+    let fleet = progress.fleet.clone();
+    let facts = Facts {
+        fleet: format!("{}-{image:.16}-{}", std::process::id(), epoch_millis()),
+        version: env!("CARGO_PKG_VERSION"),
+        vms: fleet.vms(),
+        backend: fleet.backend(),
+        engine: fleet.engine(),
+        ram_bytes: ram,
+        image,
+        port_base: ports.map(|ports| ports.base),
+        terminal: web::HAS_TERMINAL,
+    };
+    let status = progress.clone();
+    let config = Config { fleet, facts, status: Box::new(move || status.status()), ports };
+    let url = page.as_ref().map(|page| page.gate.url());
+    let socket = claim.place.socket();
+    let server = Server::start(&socket, page.map(|page| (page.listener, page.gate)), config)
+        .into_diagnostic()
+        .wrap_err_with(|| format!("control socket {}", socket.display()))?;
+    Ok(Served { url, _server: server })
 }
 
 /// Tells runs apart, nothing more.

@@ -23,7 +23,7 @@ fn answer(value: &impl Serialize) -> Response {
     ([(CONTENT_TYPE, "application/json")], text).into_response()
 }
 
-fn no_such_vm(hub: &Hub, text: &str) -> Response {
+pub(super) fn no_such_vm(hub: &Hub, text: &str) -> Response {
     let last = hub.facts.vms.saturating_sub(1);
     error(StatusCode::NOT_FOUND, format_args!("there is no VM {text}: they are numbered from 0 to {last}"))
 }

@@ -9,6 +9,7 @@
 //! | `live` | what changed, to the pages that are open |
 //! | `api`, `metrics` | JSON, Prometheus |
 //! | `console` | a VM's console over a WebSocket |
+//! | `attach` | the same, raw, for `cargo xtask console`, on the control socket |
 //! | `proxy` | a VM's own page, sandboxed |
 //! | `assets` | the page's files, embedded |
 //!
@@ -17,6 +18,7 @@
 
 mod api;
 mod assets;
+mod attach;
 pub mod bind;
 mod console;
 pub mod guard;

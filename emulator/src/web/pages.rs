@@ -94,7 +94,7 @@ impl Limits {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         match fleet.backend() {
             "cuda" => Self { rate: 1100, at_once: 512 },
-            _ => Self { rate: 20 * cores, at_once: 4 * cores },
+            _ => Self { rate: 50 * cores, at_once: 8 * cores },
         }
     }
 }

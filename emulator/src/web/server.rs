@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -17,7 +19,7 @@ use tokio::sync::{oneshot, watch};
 use super::guard::{Gate, guard};
 use super::pages::{self, Limits, Pages};
 use super::survey::{History, Sample};
-use super::{Facts, Hub, StatusReport, api, assets, console, live, metrics, proxy, survey};
+use super::{Facts, Hub, StatusReport, api, assets, attach, console, live, metrics, proxy, survey};
 use crate::fleet::Fleet;
 use crate::net::rewrite::Ports;
 
@@ -45,21 +47,34 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves at the address that was taken, by the gate's rules.
-    pub fn start(listener: TcpListener, gate: Gate, config: Config) -> io::Result<Self> {
+    /// Serves on the control socket `path`, which only this user can open, and at `page`, by the gate's rules.
+    pub fn start(path: &Path, page: Option<(TcpListener, Gate)>, config: Config) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = {
-            let _inside = runtime.enter();
-            tokio::net::TcpListener::from_std(listener)?
+        let inside = runtime.enter();
+        let socket = UnixListener::bind(path)?;
+        socket.set_nonblocking(true)?;
+        let socket = tokio::net::UnixListener::from_std(socket)?;
+        let page = match page {
+            Some((listener, gate)) => Some((tokio::net::TcpListener::from_std(listener)?, gate)),
+            None => None,
         };
+        drop(inside);
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("web".into()).spawn(move || {
             runtime.block_on(async move {
-                let router = start(config).layer(from_fn_with_state(Arc::new(gate), guard));
+                let hub = start(config);
+                let serve = async |page: Option<(tokio::net::TcpListener, Gate)>| match page {
+                    Some((listener, gate)) => {
+                        let router = router(hub.clone());
+                        let guarded = router.layer(from_fn_with_state(Arc::new(gate), guard));
+                        axum::serve(listener, guarded).await
+                    }
+                    None => std::future::pending().await,
+                };
+                let here = router(hub.clone()).merge(attach::router(hub.clone()));
                 tokio::select! {
-                    ended = axum::serve(listener, router) => if let Err(error) = ended {
-                        tracing::warn!("the page is served no more: {error}");
-                    },
+                    ended = serve(page) => complain("the page", ended),
+                    ended = async { axum::serve(socket, here).await } => complain("the control socket", ended),
                     _ = stopped => {}
                 }
             });
@@ -79,8 +94,14 @@ impl Drop for Server {
     }
 }
 
+fn complain(what: &str, ended: io::Result<()>) {
+    if let Err(error) = ended {
+        tracing::warn!("{what} is served no more: {error}");
+    }
+}
+
 /// Starts the tasks beside the router.
-fn start(config: Config) -> Router {
+fn start(config: Config) -> Arc<Hub> {
     let (sender, samples) = watch::channel(Arc::<Sample>::default());
     let pages = config.ports.map(|ports| Arc::new(Pages::new(ports, Limits::of(&config.fleet))));
     let hub = Arc::new(Hub {
@@ -98,7 +119,7 @@ fn start(config: Config) -> Router {
     if let Some(pages) = pages {
         tokio::spawn(pages::fetch_all(hub.clone(), pages));
     }
-    router(hub)
+    hub
 }
 
 fn router(hub: Arc<Hub>) -> Router {
