@@ -86,7 +86,10 @@ fn ask(place: &Place, head: &str, wanted: u16) -> Result<BufReader<UnixStream>, 
     }
     let mut body = String::new();
     // The connection may stay open.
-    reader.take(ERROR_BYTES.min(length)).read_to_string(&mut body).map_err(io_error("reading the fleet's answer"))?;
+    reader
+        .take(ERROR_BYTES.min(length))
+        .read_to_string(&mut body)
+        .map_err(io_error("reading the fleet's answer"))?;
     let error = serde_json::from_str(&body).ok().and_then(|value: serde_json::Value| {
         let why = value.get("error")?.as_str()?;
         Some(why.to_owned())

@@ -65,7 +65,15 @@ pub async fn path(
     pass(&hub, &vm, request).await
 }
 
+/// Whatever comes of it, an error as well, is fenced.
 async fn pass(hub: &Hub, text: &str, request: Request) -> Response {
+    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
+    let mut response = fetch(hub, text, request).await;
+    fence(response.headers_mut(), &host, hub.vm(text).unwrap_or_default());
+    response
+}
+
+async fn fetch(hub: &Hub, text: &str, request: Request) -> Response {
     let Some(vm) = hub.vm(text) else {
         return note(StatusCode::NOT_FOUND, &format!("There is no VM {text}."));
     };
@@ -75,16 +83,13 @@ async fn pass(hub: &Hub, text: &str, request: Request) -> Response {
     if hub.fleet.is_down(vm) {
         return note(StatusCode::BAD_GATEWAY, &format!("VM {vm} is down: {}", hub.fleet.status(vm).reason()));
     }
-    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let prefix = format!("/vm/{text}");
     let asked = timeout(PATIENCE, ask(address, &prefix, request)).await;
-    let mut response = match asked {
+    match asked {
         Ok(Ok(response)) => response,
         Ok(Err(why)) => note(StatusCode::BAD_GATEWAY, &format!("VM {vm} gave no answer: {why}")),
         Err(_) => note(StatusCode::GATEWAY_TIMEOUT, &format!("VM {vm} gave no answer in time.")),
-    };
-    fence(response.headers_mut(), &host, vm);
-    response
+    }
 }
 
 async fn ask(
