@@ -177,16 +177,19 @@ fn typing(browser: &mut Browser, lab: &Lab, page: &Tab, url: &str) {
     assert_eq!(lab.get("/api/vms/5")["reboots"], 1);
 }
 
-/// What a hostile page of a guest tries; it tells its parent what came of it.
-const HOSTILE: &str = "<script>(async () => { const told = {}; \
-    try { told.parent = parent.document.title } catch { told.parent = 'kept out' } \
-    try { told.storage = String(localStorage.length) } catch { told.storage = 'kept out' } \
-    try { told.reset = (await fetch('/api/vms/1/reset', {method: 'POST', mode: 'no-cors'})).type } \
-    catch { told.reset = 'kept out' } \
-    try { await new Promise((yes, no) => { const s = new WebSocket('ws://' + location.host + '/api/live'); \
-    s.onmessage = yes; s.onerror = no }); told.live = 'heard' } catch { told.live = 'kept out' } \
-    try { top.location = 'about:blank#gone'; told.top = 'tried' } catch { told.top = 'kept out' } \
-    parent.postMessage(told, '*') })()</script>";
+/// What a hostile page of a guest tries; it tells its parent what came of it. Lines that a guest's shell can take.
+const HOSTILE: [&str; 10] = [
+    r#"<script>const told = {};"#,
+    r#"const attempt = async (what, act) => { try { told[what] = await act() } catch { told[what] = "kept out" } };"#,
+    r#"(async () => {"#,
+    r#"await attempt("parent", () => parent.document.title);"#,
+    r#"await attempt("storage", () => String(localStorage.length));"#,
+    r#"await attempt("reset", () => fetch("/api/vms/1/reset", { method: "POST", mode: "no-cors" }));"#,
+    r#"await attempt("live", () => new Promise((yes, no) => { const s = new WebSocket("ws://" + location.host +"#,
+    r#" "/api/live"); s.onmessage = yes; s.onerror = no }));"#,
+    r#"await attempt("top", () => { top.location = "about:blank" });"#,
+    r#"parent.postMessage(told, "*") })()</script>"#,
+];
 
 #[test]
 fn a_real_fleet_with_its_pages() {
@@ -236,7 +239,9 @@ fn a_real_fleet_with_its_pages() {
 
     // A guest's page can't script ours.
     assert!(lab.command("pause", &["2"]).output().unwrap().status.success());
-    light.type_text(browser, &format!("cat > /var/www/evil.html <<'E'\n{HOSTILE}\nE\n"));
+    for line in HOSTILE {
+        light.type_text(browser, &format!("echo '{line}' >> /var/www/evil.html\n"));
+    }
     until("the hostile page is there", || lab.ask("GET /vm/3/evil.html", &[]).body.contains("</script>"));
     light.get(
         browser,

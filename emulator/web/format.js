@@ -13,8 +13,9 @@ export const MEANING = {
   failed: "can't go on",
 };
 
-// Three digits, as in 1.25 k.
+// Three digits, as in 1.25 k; counts up to 999 as they are.
 export function short(value) {
+  if (value < 1e3 && Number.isInteger(value)) return String(value);
   for (const [unit, letter] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) {
     if (value >= unit) return digits(value / unit) + letter;
   }

@@ -128,11 +128,17 @@ impl Tab {
 
     /// Waits until an expression is true.
     pub fn until(&self, browser: &mut Browser, seconds: u64, expression: &str) {
+        self.front(browser);
         let end = Instant::now() + Duration::from_secs(seconds);
         while self.get(browser, expression) != true {
             assert!(Instant::now() < end, "not in {seconds} s: {expression}\n{}", self.text(browser));
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Others are not drawn.
+    pub fn front(&self, browser: &mut Browser) {
+        self.call(browser, "Page.bringToFront", json!({}));
     }
 
     pub fn text(&self, browser: &mut Browser) -> String {
@@ -154,7 +160,12 @@ impl Tab {
 
     /// Types letters, as from a keyboard.
     pub fn type_text(&self, browser: &mut Browser, text: &str) {
+        self.front(browser);
         for letter in text.chars() {
+            if letter == '\n' {
+                self.press(browser, "Enter");
+                continue;
+            }
             self.call(
                 browser,
                 "Input.dispatchKeyEvent",
