@@ -7,6 +7,7 @@ mod image;
 mod repo;
 mod run;
 mod test;
+mod xterm;
 
 use std::process::ExitCode;
 

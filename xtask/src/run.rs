@@ -7,12 +7,20 @@ use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
 use crate::repo;
+use crate::xterm;
 
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
     let image = image::ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
+    // A run that ends by itself serves no page unless it is told to.
+    let ends = matches!(args.until.as_deref(), Some("ready" | "http"));
+    if args.web.as_deref().map_or(!ends, |web| web != "off")
+        && let Err(why) = xterm::ensure(&root, true)
+    {
+        eprintln!("The page will have no terminal; the rest of it works. {why}");
+    }
     let emulator = emulator::build(&root, show)?;
     let defaults = &image.manifest.defaults;
     let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), image.dir.into()];

@@ -11,6 +11,7 @@ use crate::flags::TestArgs;
 use crate::image::cache::Cache;
 use crate::image::direct::host;
 use crate::repo;
+use crate::xterm;
 
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
@@ -86,6 +87,14 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let mut tests = cargo(&root, ["test", "--workspace", "--no-fail-fast"]);
     if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
         println!("note    the comparison with QEMU will be skipped: {why}");
+    }
+    if let Err(why) = tools.package("chromium", "chromium") {
+        println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
+    }
+    if let Err(why) = xterm::ensure(&root, tools.install) {
+        println!(
+            "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
+        );
     }
     let library = "nvidia/cu13/lib/libnvrtc.so.13";
     match tools.python(library, NVRTC) {
@@ -254,14 +263,16 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Programs and libraries that tests use.
-struct Tools {
-    install: bool,
-    folder: PathBuf,
+pub struct Tools {
+    /// What is missing may be installed.
+    pub install: bool,
+    /// For packages from PyPI.
+    pub folder: PathBuf,
 }
 
 impl Tools {
     /// A program of the system, from a package.
-    fn package(&self, program: &str, package: &str) -> Result<(), String> {
+    pub fn package(&self, program: &str, package: &str) -> Result<(), String> {
         if host::find(program).is_some() {
             return Ok(());
         }
@@ -328,7 +339,7 @@ fn executable(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// Runs a command; its last lines are the error.
-fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
+pub fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
     let name = command.get_program().to_owned();
     let say = |why: &dyn std::fmt::Display| format!("{}: {why}", OsString::from(&name).display());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
