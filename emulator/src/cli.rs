@@ -5,6 +5,7 @@ pub mod console;
 pub mod fleet;
 pub mod live;
 mod machines;
+pub mod pcap;
 mod progress;
 mod web;
 
@@ -15,6 +16,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use emulator::backend::cuda::Gpus;
 use emulator::console::place::{self, Place};
 use emulator::fleet::capacity::parse_size;
+use emulator::net::fault::Fault;
+use emulator::net::policy::{Policy, Service, Services};
+use emulator::net::rate::Limits;
 use emulator::web::bind::Choice as WebChoice;
 
 /// A fleet of RV32IMA Linux virtual machines in one GPU, or on the CPU.
@@ -64,7 +68,7 @@ pub struct FleetArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1, or not at all.
+    /// How the VMs' network reaches the host (docs/network.md).
     #[arg(long, value_enum, default_value_t = NetMode::User)]
     pub net: NetMode,
 
@@ -77,6 +81,10 @@ pub struct FleetArgs {
     /// or taken from the variable LINUX_ON_GPU_TOKEN.
     #[arg(long, value_name = "ADDR|off")]
     pub web: Option<WebChoice>,
+
+    /// What the network allows, shows and breaks.
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Guest time after the boot: with the wall clock, or with executed instructions, jumping over idle times.
     #[arg(long, value_enum, default_value_t = Time::Real)]
@@ -103,6 +111,51 @@ pub struct FleetArgs {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// What the network allows, shows and breaks.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkArgs {
+    /// Write all packets to a file for Wireshark, or only VM N's.
+    #[arg(long, value_name = "FILE[:N]")]
+    pub pcap: Option<pcap::Wanted>,
+
+    /// Keep VMs from reaching one another.
+    #[arg(long)]
+    pub isolate: bool,
+
+    /// Let VMs use a TCP service of this host: port HOST of 127.0.0.1, at port GUEST of 10.77.0.1. May be repeated.
+    #[arg(long = "service", value_name = "HOST:GUEST")]
+    pub services: Vec<Service>,
+
+    /// Packets a second that a VM may send, and get; 0: no limit.
+    #[arg(long, value_name = "K", default_value_t = Limits::default().packets)]
+    pub rate_packets: u64,
+
+    /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit.
+    #[arg(long, value_name = "SIZE", value_parser = rate_size, default_value = "128M")]
+    pub rate_bytes: u64,
+
+    /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
+    #[arg(long, value_name = "mac|arp|checksum[:N]")]
+    pub fault: Option<Fault>,
+}
+
+impl NetworkArgs {
+    /// For the bridge.
+    pub fn policy(&self) -> Result<Policy, String> {
+        Ok(Policy {
+            services: Services::new(&self.services)?,
+            isolated: self.isolate,
+            limits: Limits { packets: self.rate_packets, bytes: self.rate_bytes },
+            fault: self.fault,
+        })
+    }
+}
+
+fn rate_size(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { parse_size(text) }
 }
 
 /// Where the VMs run, and how.
@@ -217,6 +270,10 @@ pub struct ConsoleArgs {
 /// `emulator status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
+    #[arg(value_name = "N")]
+    pub vm: Option<u32>,
+
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
@@ -250,6 +307,9 @@ pub enum Backend {
 pub enum NetMode {
     /// Host sockets on 127.0.0.1; needs no privileges.
     User,
+    /// A network device: VMs' own addresses 10.77.0.2 and up too; needs CAP_NET_ADMIN.
+    #[cfg(target_os = "linux")]
+    Tun,
     /// Nothing is attached to the VMs' network devices.
     Off,
 }

@@ -216,6 +216,13 @@ fn a_real_fleet_with_its_pages() {
     let light = tab(browser, &format!("{url}#/vm/3"), DESK, "light");
     light.until(browser, 10, &shows("page-hint", "ms"));
 
+    // A capture, while the grid fetches pages.
+    let capture = lab.bytes("GET /api/vms/3/pcap?seconds=3");
+    assert_eq!(capture[..4], [0x0a, 0x0d, 0x0d, 0x0a], "a section header of pcapng");
+    assert!(capture.windows(14).any(|bytes| bytes == b"GET / HTTP/1.0"), "{} bytes", capture.len());
+    let link = lab.ask("GET /api/vms/3/link", &[]).body;
+    assert!(link.contains("rx_packets"), "{link}");
+
     // The VM's page is there, in its sandbox.
     let answer = lab.ask("GET /vm/3/", &[]);
     assert_eq!(answer.status, 200);

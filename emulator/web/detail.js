@@ -103,7 +103,11 @@ export class Detail {
   }
 
   #page() {
-    if (this.vm === null || this.fleet.facts.port_base === null) return;
+    const bridge = this.fleet.facts.port_base !== null;
+    byId("pcap").hidden = !bridge;
+    if (this.vm === null || !bridge) return;
+    byId("pcap").href = `/api/vms/${this.vm}/pcap?seconds=10`;
+    byId("pcap").download = `vm-${this.vm}.pcapng`;
     byId("page").src = `/vm/${this.vm}/`;
     byId("page-open").href = `/vm/${this.vm}/`;
   }

@@ -15,14 +15,20 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::bridge::Bridge;
 use emulator::net::ports;
-use emulator::net::user::{Config as BridgeConfig, UserBridge};
+use emulator::net::rewrite::Ports;
+#[cfg(target_os = "linux")]
+use emulator::net::tun::TunBridge;
+use emulator::net::user::{Config as UserConfig, UserBridge};
 use emulator::report::{Failure, Report};
+use emulator::web::Network;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::live::Live;
 use super::machines::Opened;
+use super::pcap::Pcap;
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
@@ -104,16 +110,18 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         return Err(miette!("a fleet of 0 VMs has nothing to run: give --vms 1 or more"));
     }
     if args.until == Some(Until::Http) && args.net == NetMode::Off {
-        return Err(miette!("--until http asks the VMs through the bridge: it needs --net user"));
+        return Err(miette!(
+            "--until http asks the VMs through the bridge: it needs --net user or --net tun"
+        ));
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
-    let ports = BridgeConfig::new(args.port_base, args.vms);
-    if args.net == NetMode::User {
-        ports::check(&ports.ports).into_diagnostic()?;
+    let ports = UserConfig::new(args.port_base, args.vms).ports;
+    if args.net != NetMode::Off {
+        ports::check(&ports).into_diagnostic()?;
     }
     // A page that can't be served is known before the machines are opened, too.
     let page = web::bind(args)?;
@@ -121,16 +129,18 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    let mut bridge = match args.net {
-        NetMode::Off => None,
-        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
+    let mut bridge = bind(args, ports)?;
+    let pcap = match (&args.network.pcap, &bridge) {
+        (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
+        (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
+        (None, _) => None,
     };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
         began: Instant::now(),
-        bridge: bridge.as_ref().map(|bridge| bridge.counters()),
+        bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
@@ -138,8 +148,8 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
-    let server =
-        web::serve(page, &claim, &progress, bridge.as_ref().map(|bridge| bridge.config().ports), facts)?;
+    let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
+    let server = web::serve(page, &claim, &progress, net, facts)?;
     fleet.start().into_diagnostic()?;
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
@@ -155,7 +165,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.config().ports, deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
@@ -168,6 +178,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         let _ = asking.join();
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
+    if let Some(pcap) = pcap {
+        pcap.finish();
+    }
     fleet.stop();
     *report = progress.report();
     drop(server);
@@ -189,6 +202,20 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes what the network needs of the host.
+fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
+    let policy = args.network.policy().map_err(|why| miette!("--service: {why}"))?;
+    Ok(match args.net {
+        NetMode::Off => None,
+        NetMode::User => {
+            let config = UserConfig::new(ports.base, ports.vms);
+            Some(Box::new(UserBridge::bind_with(config, policy).into_diagnostic()?))
+        }
+        #[cfg(target_os = "linux")]
+        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, policy).into_diagnostic()?)),
+    })
 }
 
 fn make_fleet(
@@ -364,6 +391,10 @@ fn print_urls(args: &FleetArgs) {
         return;
     }
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
+    #[cfg(target_os = "linux")]
+    if args.net == NetMode::Tun {
+        say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
+    }
     if args.vms <= URLS {
         for vm in 0..args.vms {
             say(format_args!("VM {vm}: {}", url(vm)));

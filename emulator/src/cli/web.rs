@@ -4,10 +4,9 @@ use std::net::TcpListener;
 use std::sync::Arc;
 
 use emulator::console::place::Claim;
-use emulator::net::rewrite::Ports;
 use emulator::web::bind::Choice;
 use emulator::web::guard::Gate;
-use emulator::web::{self, Config, Facts, Server};
+use emulator::web::{self, Config, Facts, Network, Server};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 
 use super::progress::Progress;
@@ -52,7 +51,7 @@ pub fn serve(
     page: Option<Bound>,
     claim: &Claim,
     progress: &Arc<Progress>,
-    ports: Option<Ports>,
+    net: Option<Network>,
     (ram, image): (u64, String),
 ) -> Result<Served> {
     let fleet = progress.fleet.clone();
@@ -64,11 +63,12 @@ pub fn serve(
         engine: fleet.engine(),
         ram_bytes: ram,
         image,
-        port_base: ports.map(|ports| ports.base),
+        port_base: net.as_ref().map(|net| net.ports.base),
         terminal: web::HAS_TERMINAL,
     };
     let status = progress.clone();
-    let config = Config { fleet, facts, status: Box::new(move || status.status()), ports };
+    let status = Box::new(move |vm: Option<u32>| vm.map_or_else(|| status.status(), |vm| status.link(vm)));
+    let config = Config { fleet, facts, status, net };
     let url = page.as_ref().map(|page| page.gate.url());
     let socket = claim.place.socket();
     let server = Server::start(&socket, page.map(|page| (page.listener, page.gate)), config)

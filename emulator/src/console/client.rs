@@ -105,9 +105,10 @@ fn request(place: &Place, method: &str, path: &str) -> Result<String, ClientErro
     Ok(text)
 }
 
-/// The status document of the fleet.
-pub fn status(place: &Place) -> Result<String, ClientError> {
-    request(place, "GET", "/api/status")
+/// The status document of the fleet, or the counters of one VM's link.
+pub fn status(place: &Place, vm: Option<u32>) -> Result<String, ClientError> {
+    let path = vm.map_or("/api/status".to_owned(), |vm| format!("/api/vms/{vm}/link"));
+    request(place, "GET", &path)
 }
 
 /// Pauses, resumes or resets VMs, as in `0-9,20`; what the fleet answers.

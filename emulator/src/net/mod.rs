@@ -8,20 +8,37 @@
 //! | [`switch`] | what becomes of a frame that a VM sent | none |
 //! | [`reason`], [`counters`] | why packets are dropped, and how many | none |
 //! | [`lan`] | takes, switches and delivers frames; queues before full mailboxes | links |
+//! | [`flows`], [`gateway`] | the host side for transports that capture packets | none |
+//! | [`policy`], [`rate`] | what the network allows; how much | none |
+//! | [`fault`] | what is broken on purpose | none |
+//! | [`tap`], [`pcapng`] | copies of all packets, as Wireshark reads them | none |
+//! | [`capture`] | the thread of a capturing transport | links, a wire |
+//! | [`tun`] | transport: a TUN device (Linux) | packets |
 //! | [`ports`] | the host ports of a fleet: all or none | sockets |
 //! | [`user`] | transport: host sockets on loopback, no privileges | sockets, links |
 //! | [`probe`] | asks every VM for `GET /` | sockets |
 
 pub mod address;
+pub mod bridge;
+pub mod capture;
 pub mod checksum;
 pub mod counters;
+pub mod fault;
+pub mod flows;
+pub mod gateway;
 pub mod lan;
 pub mod packet;
+pub mod pcapng;
+pub mod policy;
 pub mod ports;
 pub mod probe;
+pub mod rate;
 pub mod reason;
 pub mod rewrite;
 pub mod switch;
+pub mod tap;
+#[cfg(target_os = "linux")]
+pub mod tun;
 pub mod user;
 
 use std::sync::Arc;

@@ -9,8 +9,8 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use etherparse::EtherType;
 
 use super::address::{HOST_IP, HOST_MAC, ip_of, mac_of};
-use super::checksum::Incremental;
-use super::packet::{Carries, ETHERNET_LEN, Ethernet, FrameBuf, Ipv4, MTU, write_ethernet};
+use super::checksum::{self, Incremental};
+use super::packet::{Carries, ETHERNET_LEN, Ethernet, FrameBuf, Ipv4, MTU, TCP, write_ethernet};
 use super::reason::Reason;
 
 /// Room for one IPv4 packet.
@@ -163,6 +163,47 @@ pub fn frame_to_vm(packet: &[u8], vm: u32, frame: &mut FrameBuf) -> Result<usize
     }
     write_ethernet(frame, mac, HOST_MAC, EtherType::IPV4)[..packet.len()].copy_from_slice(packet);
     Ok(ETHERNET_LEN + packet.len())
+}
+
+/// The reset that TCP sends when it knows no connection for a segment (RFC 9293, 3.10.7.1); none for what is no TCP,
+/// or a reset itself. Returns its length.
+pub fn reset_for(ip: &Ipv4<'_>, out: &mut PacketBuf) -> Option<usize> {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const ACK: u8 = 16;
+    let segment = ip.segment().ok().filter(|_| ip.protocol() == TCP)?;
+    let tcp = ip.payload();
+    let flags = tcp[13];
+    if flags & RST != 0 {
+        return None;
+    }
+    let long = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
+    let length = tcp.len() - usize::from(tcp[12] >> 4) * 4;
+    let length = length as u32 + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+    let (seq, ack, with) =
+        if flags & ACK != 0 { (long(8), 0, RST) } else { (0, long(4).wrapping_add(length), RST | ACK) };
+
+    let out = &mut out[..40];
+    out.fill(0);
+    out[0] = 0x45;
+    put_word(out, 2, 40);
+    out[6] = 0x40; // don't fragment
+    out[8] = 64;
+    out[9] = TCP;
+    out[12..16].copy_from_slice(&ip.dst().octets());
+    out[16..20].copy_from_slice(&ip.src().octets());
+    let sum = checksum::of(&out[..20]);
+    put_word(out, 10, sum);
+    put_word(out, 20, segment.dst_port);
+    put_word(out, 22, segment.src_port);
+    out[24..28].copy_from_slice(&seq.to_be_bytes());
+    out[28..32].copy_from_slice(&ack.to_be_bytes());
+    out[32] = 5 << 4;
+    out[33] = with;
+    let sum = checksum::of_segment(ip.dst(), ip.src(), TCP, &out[20..]);
+    put_word(out, 36, sum);
+    Some(40)
 }
 
 fn word(bytes: &[u8], at: usize) -> u16 {

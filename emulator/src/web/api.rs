@@ -44,7 +44,7 @@ fn named(sample: &Sample) -> Value {
 
 /// `GET /api/status`
 pub async fn status(State(hub): State<Arc<Hub>>) -> Response {
-    ([(CONTENT_TYPE, "application/json")], (hub.status)()).into_response()
+    ([(CONTENT_TYPE, "application/json")], (hub.status)(None)).into_response()
 }
 
 /// `GET /api/vms?vms=0-99,200&state=failed`
@@ -134,6 +134,14 @@ pub async fn vm(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Respon
         "last_line": last_line(&hub, vm),
         "console": hub.fleet.last_lines(vm),
     }))
+}
+
+/// `GET /api/vms/3/link`
+pub async fn link(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Response {
+    match hub.vm(&text) {
+        Some(vm) => (hub.status)(Some(vm)).into_response(),
+        None => no_such_vm(&hub, &text),
+    }
 }
 
 /// `POST /api/vms/3/pause`, `resume`, `reset`; also `0-9,20` and `all` of them.

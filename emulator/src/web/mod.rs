@@ -10,6 +10,7 @@
 //! | `api`, `metrics` | JSON, Prometheus |
 //! | `console` | a VM's console over a WebSocket |
 //! | `attach` | the same, raw, for `cargo xtask console`, on the control socket |
+//! | `pcap` | what passes on a VM's link, as a download |
 //! | `proxy` | a VM's own page, sandboxed |
 //! | `assets` | the page's files, embedded |
 //!
@@ -25,6 +26,7 @@ pub mod guard;
 mod live;
 mod metrics;
 pub mod pages;
+mod pcap;
 mod proxy;
 mod server;
 pub mod survey;
@@ -40,11 +42,22 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::fleet::{Fleet, lock};
+use crate::net::lan::Watch;
+use crate::net::rewrite::Ports;
 use pages::Pages;
 use survey::{History, Sample};
 
-/// Answers with the document of `emulator status`.
-pub type StatusReport = Box<dyn Fn() -> String + Send + Sync>;
+/// Answers with the document of `emulator status`, or with the counters of one VM's link.
+pub type StatusReport = Box<dyn Fn(Option<u32>) -> String + Send + Sync>;
+
+/// The bridge, as the page sees it.
+#[derive(Clone)]
+pub struct Network {
+    /// Where the VMs' web servers are reached.
+    pub ports: Ports,
+    /// What passes.
+    pub watch: Watch,
+}
 
 /// WebSockets open at once, consoles included.
 const SOCKETS: usize = 256;
@@ -78,6 +91,7 @@ struct Hub {
     facts: Facts,
     status: StatusReport,
     pages: Option<Arc<Pages>>,
+    watch: Option<Watch>,
     samples: watch::Receiver<Arc<Sample>>,
     history: Mutex<History>,
     sockets: AtomicUsize,

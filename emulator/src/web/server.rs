@@ -19,9 +19,10 @@ use tokio::sync::{oneshot, watch};
 use super::guard::{Gate, guard};
 use super::pages::{self, Limits, Pages};
 use super::survey::{History, Sample};
-use super::{Facts, Hub, StatusReport, api, assets, attach, console, live, metrics, proxy, survey};
+use super::{
+    Facts, Hub, Network, StatusReport, api, assets, attach, console, live, metrics, pcap, proxy, survey,
+};
 use crate::fleet::Fleet;
-use crate::net::rewrite::Ports;
 
 /// The page may load what it is made of and talk to its own server; nobody may frame it. The terminal sets styles.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; \
@@ -36,8 +37,8 @@ pub struct Config {
     pub facts: Facts,
     /// The status document.
     pub status: StatusReport,
-    /// Where the VMs' web servers are reached, if they are.
-    pub ports: Option<Ports>,
+    /// The bridge, if there is one.
+    pub net: Option<Network>,
 }
 
 /// The server; dropping it ends it and its connections.
@@ -103,12 +104,13 @@ fn complain(what: &str, ended: io::Result<()>) {
 /// Starts the tasks beside the router.
 fn start(config: Config) -> Arc<Hub> {
     let (sender, samples) = watch::channel(Arc::<Sample>::default());
-    let pages = config.ports.map(|ports| Arc::new(Pages::new(ports, Limits::of(&config.fleet))));
+    let pages = config.net.as_ref().map(|net| Arc::new(Pages::new(net.ports, Limits::of(&config.fleet))));
     let hub = Arc::new(Hub {
         fleet: config.fleet,
         facts: config.facts,
         status: config.status,
         pages: pages.clone(),
+        watch: config.net.map(|net| net.watch),
         samples,
         history: Mutex::new(History::default()),
         sockets: AtomicUsize::new(0),
@@ -132,6 +134,9 @@ fn router(hub: Arc<Hub>) -> Router {
         .route("/api/vms/{vm}", get(api::vm))
         .route("/api/vms/{vms}/{action}", post(api::act))
         .route("/api/vms/{vm}/console", get(console::console))
+        .route("/api/vms/{vm}/link", get(api::link))
+        .route("/api/vms/{vm}/pcap", get(pcap::one))
+        .route("/api/pcap", get(pcap::all))
         .route("/api/live", get(live::live))
         .route("/metrics", get(metrics::fleet))
         .route("/metrics/vms", get(metrics::vms))

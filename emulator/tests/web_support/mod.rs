@@ -127,6 +127,18 @@ impl Lab {
         Answer { status, head: head.to_ascii_lowercase(), body: body.to_owned() }
     }
 
+    /// The body of an answer of HTTP/1.0, whatever it is.
+    pub fn bytes(&self, request: &str) -> Vec<u8> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        write!(stream, "{request} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        let head = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap();
+        assert!(answer.starts_with(b"HTTP/1.0 200"), "{:?}", String::from_utf8_lossy(&answer[..head]));
+        answer.split_off(head + 4)
+    }
+
     /// The JSON at a path.
     pub fn get(&self, path: &str) -> Value {
         let answer = self.ask(&format!("GET {path}"), &[]);

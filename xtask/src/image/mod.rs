@@ -9,6 +9,7 @@ pub mod cpio;
 pub mod direct;
 pub mod dts;
 pub mod error;
+pub mod fault;
 pub mod init;
 pub mod kernel_image;
 pub mod manifest;
@@ -48,6 +49,8 @@ pub struct Options {
     pub builder: Option<BuilderName>,
     /// Say nothing unless something is wrong.
     pub quiet: bool,
+    /// Something to be missing in the guest.
+    pub fault: Option<fault::InitFault>,
 }
 
 /// An image that is there.
@@ -68,7 +71,7 @@ pub struct ImageDir {
 
 impl From<&ImageChoice> for Options {
     fn from(choice: &ImageChoice) -> Self {
-        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet }
+        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet, fault: None }
     }
 }
 
@@ -147,7 +150,7 @@ impl Plan {
             )?;
             overlays.push((name.clone(), overlay));
         }
-        let init = init::layer(&profile)?;
+        let init = init::layer(&profile, options.fault)?;
         layers.add(GENERATED, &init, &[], None)?;
         let template = dts::template(root)?;
         // With figures that fit: a broken template should not wait until the kernel is built.
@@ -159,6 +162,10 @@ impl Plan {
         let out = match ram == profile.ram.value {
             true => profile.name.clone(),
             false => format!("{}-{}", profile.name, ram.to_string().replace(' ', "")),
+        };
+        let out = match &options.fault {
+            None => out,
+            Some(fault) => format!("{out}-fault-{}", fault.name()),
         };
         Ok(Self { profile, builder, wanted, ram, overlays, init, template, out })
     }

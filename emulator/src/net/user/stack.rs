@@ -17,6 +17,7 @@ use crate::net::address::{HOST_IP, PREFIX_LEN, ip_of};
 use crate::net::lan::Lan;
 use crate::net::packet::{FRAME_MAX, FrameBuf, MTU};
 use crate::net::rewrite::frame_to_vm;
+use crate::net::tap::Direction;
 
 /// Ports from here up are used for connections to VMs.
 const FIRST_PORT: u16 = 1024;
@@ -105,6 +106,18 @@ impl Stack {
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(None);
         socket.connect(self.interface.context(), to, from).ok()?;
+        let mut set = SocketSet::new(Vec::with_capacity(1));
+        let handle = set.add(socket);
+        Some(Tcp { set, handle })
+    }
+
+    /// Waits for a connection from a VM to `port` of the host side. Its first packet comes with [`Stack::receive`].
+    pub fn listen(&mut self, port: u16) -> Option<Tcp> {
+        let buffer = || SocketBuffer::new(vec![0; self.window]);
+        let mut socket = Socket::new(buffer(), buffer());
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        socket.listen((IpAddress::Ipv4(HOST_IP), port)).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
         Some(Tcp { set, handle })
@@ -257,7 +270,7 @@ impl TxToken for Sending<'_> {
                     *copy = Some(frame[..len].into());
                 }
             }
-            Err(reason) => self.lan.counters().dropped(reason),
+            Err(reason) => self.lan.counters().dropped(Some(self.vm), Direction::In, reason),
         }
         result
     }
