@@ -83,7 +83,7 @@ export class Detail {
     if (up && this.#shown === "not up") this.#page();
     this.#shown = up ? "up" : "not up";
     byId("page-hint").textContent = facts.page
-      ? `port ${facts.page.port}${facts.page.answers ? ` · ${facts.page.milliseconds} ms` : ""}` : "no bridge";
+      ? `port ${facts.page.port}${facts.page.answers ? ` · ${facts.page.milliseconds} ms` : ""}` : "";
     list("counters", [
       ["Speed", `${facts.mips.toFixed(2)} MIPS`],
       ["Instructions", whole(facts.instructions)],
@@ -105,6 +105,7 @@ export class Detail {
   #page() {
     const bridge = this.fleet.facts.port_base !== null;
     byId("pcap").hidden = !bridge;
+    document.querySelector(".panel.page").hidden = !bridge;
     if (this.vm === null || !bridge) return;
     byId("pcap").href = `/api/vms/${this.vm}/pcap?seconds=10`;
     byId("pcap").download = `vm-${this.vm}.pcapng`;

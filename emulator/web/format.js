@@ -25,7 +25,8 @@ export function short(value) {
 export function digits(value) {
   if (value >= 100 || value === 0) return Math.round(value).toString();
   if (value >= 10) return value.toFixed(1);
-  return value >= 0.1 ? value.toFixed(2) : value.toFixed(3);
+  if (value >= 0.1) return value.toFixed(2);
+  return value >= 0.0005 ? value.toFixed(3) : "0";
 }
 
 export function whole(value) {

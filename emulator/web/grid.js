@@ -7,6 +7,7 @@ import { STATES, colour, mips, short, time } from "./format.js";
 const SIZES = [[6, 6], [10, 10], [16, 16], [30, 26], [76, 44], [148, 62], [236, 92]];
 const GAPS = [1, 1, 2, 3, 4, 6, 8];
 // From these levels on, tiles have text, and the last line of the console.
+const NUMBERS = 3;
 const TEXT = 4;
 const LINES = 5;
 const LARGEST = SIZES.length - 1;
@@ -85,18 +86,27 @@ export class Grid extends EventTarget {
   #layout() {
     const [width, height] = [this.box.clientWidth, this.box.clientHeight];
     const count = this.#count();
-    const columns = (level) => Math.max(1, Math.floor((width - 2 * EDGE + GAPS[level]) / (SIZES[level][0] + GAPS[level])));
+    const columns = (wide, gap) => Math.max(1, Math.floor((width - 2 * EDGE + gap) / (wide + gap)));
+    const scaled = (n, by) => SIZES[n].map((side) => Math.floor(side * by));
     let level = this.zoom - 1;
+    let size = SIZES[Math.max(level, 0)];
     if (level < 0) {
+      const fits = (n, [wide, high]) =>
+        Math.ceil(count / columns(wide, GAPS[n])) * (high + GAPS[n]) + 2 * EDGE <= height + GAPS[n];
       level = LARGEST;
-      const fits = (n) => Math.ceil(count / columns(n)) * (SIZES[n][1] + GAPS[n]) <= height + GAPS[n];
-      while (level > 0 && !fits(level)) level--;
+      while (level > 0 && !fits(level, SIZES[level])) level--;
+      // Between two levels, as large as all fit.
+      let by = level === LARGEST ? 1 : SIZES[level + 1][0] / SIZES[level][0];
+      while (by > 1 && !fits(level, scaled(level, by))) by -= 0.04;
+      size = scaled(level, Math.max(1, by));
     }
     const gap = GAPS[level];
-    const across = columns(level);
-    // Tiles of text share what is left of the line; squares stay squares.
-    const wide = level >= 3 ? Math.floor((width - 2 * EDGE + gap) / across) - gap : SIZES[level][0];
-    const size = [Math.min(wide, SIZES[level][0] * 2), SIZES[level][1]];
+    const across = columns(size[0], gap);
+    // Tiles with text share what is left of the line.
+    if (level >= NUMBERS) {
+      const wide = Math.floor((width - 2 * EDGE + gap) / across) - gap;
+      size = [Math.max(size[0], Math.min(wide, size[0] * 1.6)), size[1]];
+    }
     const pitch = [size[0] + gap, size[1] + gap];
     const lines = Math.ceil(count / across);
     const first = Math.floor(this.box.scrollTop / pitch[1]);
@@ -107,7 +117,8 @@ export class Grid extends EventTarget {
     const layout = this.#layout();
     const { width, height, columns, level, size, pitch, lines, first, rows } = layout;
     if (!width || !this.fleet.vms) return;
-    this.#colours ??= Object.fromEntries([...STATES, "text", "soft", "tile", "line", "focus"].map((name) =>
+    const began = performance.now();
+    this.#colours ??= Object.fromEntries([...STATES, "text", "soft", "tile", "line", "focus", "on-state"].map((name) =>
       [name, colour(STATES.includes(name) ? `state-${name}` : name)]));
     const scale = devicePixelRatio || 1;
     if (this.canvas.width !== Math.round(width * scale) || this.canvas.height !== Math.round(height * scale)) {
@@ -139,6 +150,7 @@ export class Grid extends EventTarget {
     this.box.dataset.drawn = shown;
     this.box.dataset.columns = columns;
     this.box.dataset.pitch = pitch.join(" ");
+    this.box.dataset.millis = (performance.now() - began).toFixed(1);
     this.box.setAttribute("aria-rowcount", lines);
     this.box.setAttribute("aria-colcount", columns);
     document.getElementById("none").hidden = count > 0;
@@ -154,7 +166,7 @@ export class Grid extends EventTarget {
       draw.fillRect(x, y, width, height);
       // Not by colour alone.
       if (level >= 1 && (name === "failed" || name === "stopped")) {
-        draw.strokeStyle = colours.tile;
+        draw.strokeStyle = colours["on-state"];
         draw.lineWidth = Math.max(1, width / 10);
         const [a, b] = [height * 0.25, height * 0.75];
         const left = x + (width - height) / 2;
@@ -166,9 +178,9 @@ export class Grid extends EventTarget {
           draw.lineTo(left + a, y + b);
         }
         draw.stroke();
-      } else if (level === 3) {
-        draw.fillStyle = colours.tile;
-        draw.font = "600 10px system-ui, sans-serif";
+      } else if (level === NUMBERS) {
+        draw.fillStyle = colours["on-state"];
+        draw.font = `600 ${height > 30 ? 12 : 10}px system-ui, sans-serif`;
         draw.textAlign = "center";
         draw.textBaseline = "middle";
         draw.fillText(vm, x + width / 2, y + height / 2 + 0.5, width - 4);

@@ -21,8 +21,7 @@ const CARDS = {
   },
   memory: {
     curves: [["quiet", (t) => t.shared_bytes], ["accent", (t) => t.private_bytes], ["warm", (t) => t.overhead_bytes]],
-    figure: (t) => [bytes(t.shared_bytes + t.private_bytes + t.overhead_bytes),
-      `${bytes(t.shared_bytes)} shared · ${bytes(t.private_bytes)} private`],
+    figure: (t) => [bytes(t.private_bytes), `private · ${bytes(t.shared_bytes)} shared · ${bytes(t.overhead_bytes)} overhead`],
   },
 };
 
@@ -40,6 +39,7 @@ export class Plots {
       const what = CARDS[card.dataset.plot];
       const [value, unit] = what.figure(totals, this.fleet);
       const figure = card.querySelector(".figure");
+      card.title = `${value} ${unit}`;
       figure.replaceChildren(Object.assign(document.createElement("b"), { textContent: value }), ` ${unit}`);
       this.#plot(card.querySelector("canvas"), what, history);
     }
