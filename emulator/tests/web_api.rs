@@ -146,6 +146,12 @@ fn a_token_is_demanded_where_one_is_set() {
     assert!(cookie.contains("httponly") && cookie.contains("samesite=strict"), "{cookie}");
     let cookie = format!("Cookie: {}", cookie.split(';').next().unwrap());
     assert_eq!(lab.ask("GET /", &[&cookie]).status, 200);
+    // A VM's page in its sandbox has no cookie; the way to it has a ticket instead.
+    let moved = lab.ask("GET /vm/0/", &[&cookie]);
+    assert_eq!(moved.status, 307);
+    let way = moved.head.lines().find_map(|line| line.strip_prefix("location: ")).unwrap().to_owned();
+    assert_eq!(lab.ask(&format!("GET {way}style.css"), &[]).status, 404, "let in; there is no bridge");
+    assert_eq!(lab.ask(&format!("GET {}", way.replace("/0~", "/1~")), &[]).status, 401);
     // The control socket is this user's own and wants none.
     assert!(lab.command("status", &[]).output().unwrap().status.success());
 }

@@ -20,8 +20,8 @@ const CARDS = {
     figure: (t) => [short(t.packets_in + t.packets_out), `a second · ${short(t.pages)} pages`],
   },
   memory: {
-    curves: [["quiet", (t) => t.shared_bytes], ["accent", (t) => t.private_bytes], ["warm", (t) => t.overhead_bytes]],
-    figure: (t) => [bytes(t.private_bytes), `private · ${bytes(t.shared_bytes)} shared · ${bytes(t.overhead_bytes)} overhead`],
+    curves: [["quiet", (t) => t.shared_bytes], ["accent", (t) => t.private_bytes]],
+    figure: (t) => [bytes(t.private_bytes), `private · ${bytes(t.shared_bytes)} shared`],
   },
 };
 

@@ -334,6 +334,35 @@ mod tests {
     }
 
     #[test]
+    fn a_task_that_waits_is_woken_by_output_and_by_the_end() {
+        struct Bell(AtomicU64);
+        impl std::task::Wake for Bell {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Relaxed);
+            }
+        }
+        let bell = Arc::new(Bell(AtomicU64::new(0)));
+        let waker = Waker::from(bell.clone());
+        let mut context = Context::from_waker(&waker);
+        let console = Console::default();
+        let listener = console.subscribe();
+        assert!(listener.poll_receive(&mut context).is_pending());
+        console.output(b"hello", &mut Vec::new());
+        assert_eq!(bell.0.load(Relaxed), 1);
+        let Poll::Ready(Output::Bytes { bytes, lost: 0 }) = listener.poll_receive(&mut context) else {
+            panic!("no output")
+        };
+        assert_eq!((&bytes[..], console.printed()), (&b"hello"[..], 5));
+        assert!(listener.poll_receive(&mut context).is_pending());
+        console.close();
+        assert_eq!(bell.0.load(Relaxed), 2);
+        assert_eq!(listener.poll_receive(&mut context), Poll::Ready(Output::Closed));
+        // After a reset it can be heard again.
+        console.reset();
+        assert!(console.subscribe().poll_receive(&mut context).is_pending());
+    }
+
+    #[test]
     fn a_closed_console_ends_listening_and_typing() {
         let mut memory = mailbox();
         // SAFETY: `memory` lives to the end of the test and is touched only here.

@@ -9,6 +9,7 @@ use axum::http::header::{AUTHORIZATION, COOKIE, HOST, LOCATION, ORIGIN, SET_COOK
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
 
 /// Characters that a token may consist of, and its length.
 const TOKEN_CHARACTERS: std::ops::RangeInclusive<usize> = 16..=128;
@@ -94,8 +95,20 @@ impl Gate {
         match &self.token {
             None => Ok(()),
             Some(token) if self.tokens(headers).any(|given| same(given, token)) => Ok(()),
-            Some(_) => Err(Refusal::Token),
+            Some(token) => match ticketed(uri) {
+                Some((vm, given)) if same(given, &ticket(token, vm)) => Ok(()),
+                _ => Err(Refusal::Token),
+            },
         }
+    }
+
+    /// Where to find a VM's page when a token is demanded. In its sandbox it has no cookie, so what it loads would be
+    /// refused: the way to it has a ticket for this VM, and for nothing else.
+    fn way_to_vm(&self, uri: &Uri) -> Option<String> {
+        let token = self.token.as_ref()?;
+        let (vm, path) = uri.path().strip_prefix("/vm/")?.split_once('/')?;
+        let query = uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+        (!vm.contains('~')).then(|| format!("/vm/{vm}~{}/{path}{query}", ticket(token, vm)))
     }
 
     /// Whether a Host header names this server.
@@ -133,6 +146,16 @@ impl Gate {
     }
 }
 
+/// VM and ticket of `/vm/N~TICKET/`.
+fn ticketed(uri: &Uri) -> Option<(&str, &str)> {
+    uri.path().strip_prefix("/vm/")?.split_once('/')?.0.split_once('~')
+}
+
+/// From the token, but it does not tell the token.
+fn ticket(token: &str, vm: &str) -> String {
+    hex::encode(&Sha256::digest(format!("page of VM {vm}, {token}"))[..16])
+}
+
 fn is_port(text: &str) -> bool {
     text.strip_prefix(':').is_some_and(|port| port.bytes().all(|b| b.is_ascii_digit()))
 }
@@ -156,7 +179,10 @@ fn random_token() -> Result<String, String> {
 pub async fn guard(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let checked = gate.check(request.method(), request.uri(), request.headers());
     match checked {
-        Ok(()) => next.run(request).await,
+        Ok(()) => match gate.way_to_vm(request.uri()) {
+            Some(way) => (StatusCode::TEMPORARY_REDIRECT, [(LOCATION, way)]).into_response(),
+            None => next.run(request).await,
+        },
         Err(Refusal::Token) => match token_in_query(&gate, request.uri()) {
             Some(token) => {
                 let cookie = format!("{}={token}; Path=/; HttpOnly; SameSite=Strict", gate.cookie());
@@ -260,6 +286,13 @@ mod tests {
         let uri: Uri = format!("/?x=1&token={token}").parse().unwrap();
         assert_eq!(token_in_query(&gate, &uri), Some(&token[..]));
         assert_eq!(token_in_query(&gate, &"/?token=".parse().unwrap()), None);
+        let way = |path: &str| gate.way_to_vm(&path.parse().unwrap()).unwrap();
+        let way = way("/vm/3/a?b");
+        assert!(way.starts_with("/vm/3~") && way.ends_with("/a?b"), "{way}");
+        assert_eq!(check(&gate, &format!("GET {way}"), &[host]), Ok(()));
+        assert_eq!(gate.way_to_vm(&way.parse().unwrap()), None);
+        let other = way.replace("/vm/3~", "/vm/4~");
+        assert_eq!(check(&gate, &format!("GET {other}"), &[host]), Err(Refusal::Token));
         assert!(Gate::new("0.0.0.0:80".parse().unwrap(), Some("short".into())).is_err());
         let gate = Gate::new("127.0.0.1:80".parse().unwrap(), Some("0123456789abcdef".into())).unwrap();
         assert_eq!(check(&gate, "GET /", &[("host", "localhost")]), Err(Refusal::Token));

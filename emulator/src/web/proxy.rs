@@ -69,12 +69,17 @@ pub async fn path(
 async fn pass(hub: &Hub, text: &str, request: Request) -> Response {
     let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default().to_owned();
     let mut response = fetch(hub, text, request).await;
-    fence(response.headers_mut(), &host, hub.vm(text).unwrap_or_default());
+    fence(response.headers_mut(), &host, text);
     response
 }
 
+/// The VM of `N` or `N~TICKET`; the guard has looked at the ticket.
+fn number(hub: &Hub, text: &str) -> Option<u32> {
+    hub.vm(text.split_once('~').map_or(text, |(vm, _)| vm))
+}
+
 async fn fetch(hub: &Hub, text: &str, request: Request) -> Response {
-    let Some(vm) = hub.vm(text) else {
+    let Some(vm) = number(hub, text) else {
         return note(StatusCode::NOT_FOUND, &format!("There is no VM {text}."));
     };
     let Some(address) = hub.pages.as_ref().and_then(|pages| pages.address(vm)) else {
@@ -140,7 +145,9 @@ fn moved(to: &str, address: &str, prefix: &str) -> Option<String> {
 }
 
 /// The sandbox around everything that is served under `/vm/N/`.
-fn fence(headers: &mut HeaderMap, host: &str, vm: u32) {
+fn fence(headers: &mut HeaderMap, host: &str, vm: &str) {
+    // What is no word of a policy can't be a VM either.
+    let vm = if vm.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'~') { vm } else { "none" };
     let own = format!("{host}/vm/{vm}/");
     let policy = format!(
         "sandbox allow-scripts allow-forms; default-src {own} 'unsafe-inline' 'unsafe-eval' data: blob:; \
