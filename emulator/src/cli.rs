@@ -1,9 +1,11 @@
 //! The emulator's command line.
 
 pub mod bench;
+#[cfg(unix)]
 pub mod console;
 pub mod fleet;
 pub mod live;
+pub mod load;
 mod machines;
 pub mod pcap;
 mod progress;
@@ -37,15 +39,22 @@ pub enum Command {
     Fleet(FleetArgs),
     /// Boot fleets of several sizes, one after the other, and measure.
     Bench(BenchArgs),
+    /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
+    Load(LoadArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
+    #[cfg(unix)]
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
+    #[cfg(unix)]
     Status(StatusArgs),
     /// Keep VMs of a running fleet from running.
+    #[cfg(unix)]
     Pause(ActArgs),
     /// Let paused VMs go on.
+    #[cfg(unix)]
     Resume(ActArgs),
     /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    #[cfg(unix)]
     Reset(ActArgs),
 }
 
@@ -239,7 +248,51 @@ pub struct BenchArgs {
     pub commit: Option<String>,
 }
 
+/// `emulator load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// VMs to ask, from VM 0 on.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// Connections at once.
+    #[arg(long, value_name = "K", default_value_t = 64)]
+    pub connections: usize,
+
+    /// Threads that share them.
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    pub threads: usize,
+
+    /// For how long to ask.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub seconds: f64,
+
+    /// Requests a second [default: each connection asks again as soon as it was answered].
+    #[arg(long, value_name = "K", value_parser = rate)]
+    pub rate: Option<f64>,
+
+    /// Ask again on the same connection instead of a new one.
+    #[arg(long)]
+    pub keep_alive: bool,
+
+    /// Ask the VMs at their own addresses; needs --net tun.
+    #[arg(long)]
+    pub direct: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=1e7).contains(&rate) => Ok(rate),
+        _ => Err("expected a number of requests a second".into()),
+    }
+}
+
 /// Which fleet is meant.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct FleetChoice {
     /// The fleet's first port.
@@ -252,6 +305,7 @@ pub struct FleetChoice {
 }
 
 /// `emulator console`.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct ConsoleArgs {
     /// Number of the VM.
@@ -268,6 +322,7 @@ pub struct ConsoleArgs {
 }
 
 /// `emulator status`.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct StatusArgs {
     /// Only the counters of VM N's network link, as `ethtool -S` shows them.
@@ -280,6 +335,7 @@ pub struct StatusArgs {
 }
 
 /// `emulator pause`, `resume` and `reset`.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct ActArgs {
     /// Numbers and ranges, as in 0-9,20, or all.
@@ -310,6 +366,9 @@ pub enum NetMode {
     /// A network device: VMs' own addresses 10.77.0.2 and up too; needs CAP_NET_ADMIN.
     #[cfg(target_os = "linux")]
     Tun,
+    /// WinDivert, as in the talk; needs an Administrator and WinDivert.dll.
+    #[cfg(windows)]
+    Windivert,
     /// Nothing is attached to the VMs' network devices.
     Off,
 }

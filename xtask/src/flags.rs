@@ -73,6 +73,11 @@ pub struct ImageArgs {
     /// List profiles and overlays with their descriptions, and build nothing.
     #[arg(long)]
     pub list: bool,
+
+    /// Leave the host's ARP entry or all routes out, in all VMs or in VM N (docs/debugging-the-network.md); the image
+    /// lands in out/PROFILE-fault-NAME/.
+    #[arg(long, value_name = "arp|route[:N]")]
+    pub fault: Option<String>,
 }
 
 /// The builders on the command line.

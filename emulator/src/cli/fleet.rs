@@ -21,10 +21,14 @@ use emulator::net::rewrite::Ports;
 #[cfg(target_os = "linux")]
 use emulator::net::tun::TunBridge;
 use emulator::net::user::{Config as UserConfig, UserBridge};
+#[cfg(windows)]
+use emulator::net::windivert::WinDivertBridge;
 use emulator::report::{Failure, Report};
 use emulator::web::Network;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+#[cfg(unix)]
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::live::Live;
 use super::machines::Opened;
@@ -63,6 +67,7 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
 }
 
 /// The number of the signal that asked for the end, or 0. A second signal ends the program at once.
+#[cfg(unix)]
 fn watch_signals() -> Result<Arc<AtomicI32>> {
     let seen = Arc::new(AtomicI32::new(0));
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).into_diagnostic()?;
@@ -77,6 +82,28 @@ fn watch_signals() -> Result<Arc<AtomicI32>> {
             }
         })
         .into_diagnostic()?;
+    Ok(seen)
+}
+
+/// The number of the signal that asked for the end, or 0.
+#[cfg(not(unix))]
+fn watch_signals() -> Result<Arc<AtomicI32>> {
+    use std::sync::atomic::AtomicBool;
+    let seen = Arc::new(AtomicI32::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        let flag = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal, flag.clone()).into_diagnostic()?;
+        let seen = seen.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                while !flag.load(SeqCst) {
+                    std::thread::sleep(TICK);
+                }
+                seen.store(signal, SeqCst);
+            })
+            .into_diagnostic()?;
+    }
     Ok(seen)
 }
 
@@ -215,6 +242,8 @@ fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
         }
         #[cfg(target_os = "linux")]
         NetMode::Tun => Some(Box::new(TunBridge::bind(ports, policy).into_diagnostic()?)),
+        #[cfg(windows)]
+        NetMode::Windivert => Some(Box::new(WinDivertBridge::bind(ports, policy).into_diagnostic()?)),
     })
 }
 

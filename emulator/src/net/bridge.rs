@@ -30,6 +30,10 @@ pub enum Error {
     #[cfg(target_os = "linux")]
     #[error(transparent)]
     Tun(#[from] super::tun::TunError),
+    /// WinDivert could not be had.
+    #[cfg(windows)]
+    #[error(transparent)]
+    WinDivert(#[from] super::windivert::WinDivertError),
     /// The links belong to another number of VMs than the ports.
     #[error("the bridge has ports for {ports} VMs, but the fleet has {vms}")]
     Vms {

@@ -14,8 +14,10 @@
 //! | [`tap`], [`pcapng`] | copies of all packets, as Wireshark reads them | none |
 //! | [`capture`] | the thread of a capturing transport | links, a wire |
 //! | [`tun`] | transport: a TUN device (Linux) | packets |
+//! | [`divert`], `windivert` | transport: WinDivert (Windows); its thread | packets |
 //! | [`ports`] | the host ports of a fleet: all or none | sockets |
 //! | [`user`] | transport: host sockets on loopback, no privileges | sockets, links |
+//! | [`load`] | asks over and over, and measures | sockets |
 //! | [`probe`] | asks every VM for `GET /` | sockets |
 
 pub mod address;
@@ -23,10 +25,12 @@ pub mod bridge;
 pub mod capture;
 pub mod checksum;
 pub mod counters;
+pub mod divert;
 pub mod fault;
 pub mod flows;
 pub mod gateway;
 pub mod lan;
+pub mod load;
 pub mod packet;
 pub mod pcapng;
 pub mod policy;
@@ -40,6 +44,8 @@ pub mod tap;
 #[cfg(target_os = "linux")]
 pub mod tun;
 pub mod user;
+#[cfg(windows)]
+pub mod windivert;
 
 use std::sync::Arc;
 

@@ -8,8 +8,10 @@ use mio::net::TcpListener;
 use super::address::{MAX_VMS, NoAddress};
 use super::rewrite::Ports;
 
+#[cfg(any(unix, test))]
 /// Files that the rest of the program may need beside listeners and connections.
 const FILES_FOR_OTHERS: u64 = 128;
+#[cfg(any(unix, test))]
 /// A fleet that could hold no more connections than this would be of no use.
 const FEWEST_CONNECTIONS: u64 = 64;
 
@@ -154,6 +156,7 @@ fn bind_each<T>(ports: &Ports, bind: impl Fn(SocketAddr) -> io::Result<T>) -> Re
     Ok(bound)
 }
 
+#[cfg(any(unix, test))]
 /// How many connections may be open at once, and the soft limit of open files that this takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FilePlan {
@@ -161,6 +164,7 @@ struct FilePlan {
     connections: usize,
 }
 
+#[cfg(any(unix, test))]
 fn plan_files(vms: u32, wanted: usize, used: u64, soft: u64, hard: u64) -> Result<FilePlan, PortsError> {
     let fixed = u64::from(vms) + used + FILES_FOR_OTHERS;
     let needed = fixed + FEWEST_CONNECTIONS;

@@ -206,6 +206,23 @@ pub fn reset_for(ip: &Ipv4<'_>, out: &mut PacketBuf) -> Option<usize> {
     Some(40)
 }
 
+/// Computes the checksums of a whole IPv4 packet anew, in place. What can't be read stays as it is: it is refused later.
+pub fn fill_checksums(packet: &mut [u8]) {
+    let header = usize::from(packet.first().copied().unwrap_or(0) & 0xf) * 4;
+    if header < 20 || packet.len() < header {
+        return;
+    }
+    put_word(packet, 10, 0);
+    let sum = checksum::of(&packet[..header]);
+    put_word(packet, 10, sum);
+    let Ok(ip) = Ipv4::parse(packet) else { return };
+    let (Ok(segment), len) = (ip.segment(), ip.bytes().len()) else { return };
+    let (src, dst, protocol) = (ip.src(), ip.dst(), ip.protocol());
+    put_word(packet, segment.checksum_at, 0);
+    let sum = checksum::of_segment(src, dst, protocol, &packet[header..len]);
+    put_word(packet, segment.checksum_at, if sum == 0 && segment.optional { 0xffff } else { sum });
+}
+
 fn word(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }

@@ -43,7 +43,7 @@ impl Gate {
             None if !at.ip().is_loopback() => Some(random_token()?),
             other => other,
         };
-        let name = rustix::system::uname().nodename().to_string_lossy().to_ascii_lowercase();
+        let name = this_machine();
         let host_name = (!at.ip().is_loopback() && !name.is_empty()).then_some(name);
         Ok(Self { at, host_name, token })
     }
@@ -162,6 +162,15 @@ fn is_port(text: &str) -> bool {
 
 fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
+}
+
+/// This machine's name, empty if it is unknown.
+fn this_machine() -> String {
+    #[cfg(unix)]
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    #[cfg(not(unix))]
+    let name = std::env::var("COMPUTERNAME").unwrap_or_default();
+    name.to_ascii_lowercase()
 }
 
 /// Compares without telling by its time how much is right.

@@ -19,6 +19,7 @@
 
 mod api;
 mod assets;
+#[cfg(unix)]
 mod attach;
 pub mod bind;
 mod console;

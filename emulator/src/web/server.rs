@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};
@@ -16,12 +15,12 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use tokio::sync::{oneshot, watch};
 
+#[cfg(unix)]
+use super::attach;
 use super::guard::{Gate, guard};
 use super::pages::{self, Limits, Pages};
 use super::survey::{History, Sample};
-use super::{
-    Facts, Hub, Network, StatusReport, api, assets, attach, console, live, metrics, pcap, proxy, survey,
-};
+use super::{Facts, Hub, Network, StatusReport, api, assets, console, live, metrics, pcap, proxy, survey};
 use crate::fleet::Fleet;
 
 /// The page may load what it is made of and talk to its own server; nobody may frame it. The terminal sets styles.
@@ -48,13 +47,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves on the control socket `path`, which only this user can open, and at `page`, by the gate's rules.
+    /// Serves on the control socket `path`, which only this user can open, and at `page`, by the gate's rules. Systems
+    /// without Unix sockets have the page alone.
     pub fn start(path: &Path, page: Option<(TcpListener, Gate)>, config: Config) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let inside = runtime.enter();
-        let socket = UnixListener::bind(path)?;
-        socket.set_nonblocking(true)?;
-        let socket = tokio::net::UnixListener::from_std(socket)?;
+        let socket = control::bind(path)?;
         let page = match page {
             Some((listener, gate)) => Some((tokio::net::TcpListener::from_std(listener)?, gate)),
             None => None,
@@ -72,10 +70,9 @@ impl Server {
                     }
                     None => std::future::pending().await,
                 };
-                let here = router(hub.clone()).merge(attach::router(hub.clone()));
                 tokio::select! {
                     ended = serve(page) => complain("the page", ended),
-                    ended = async { axum::serve(socket, here).await } => complain("the control socket", ended),
+                    ended = control::serve(socket, &hub) => complain("the control socket", ended),
                     _ = stopped => {}
                 }
             });
@@ -92,6 +89,35 @@ impl Drop for Server {
             // A panic was printed; there is nothing to add.
             let _ = thread.join();
         }
+    }
+}
+
+/// The control socket.
+#[cfg(unix)]
+mod control {
+    use super::*;
+
+    pub fn bind(path: &Path) -> io::Result<tokio::net::UnixListener> {
+        let socket = std::os::unix::net::UnixListener::bind(path)?;
+        socket.set_nonblocking(true)?;
+        tokio::net::UnixListener::from_std(socket)
+    }
+
+    pub async fn serve(socket: tokio::net::UnixListener, hub: &Arc<Hub>) -> io::Result<()> {
+        axum::serve(socket, router(hub.clone()).merge(attach::router(hub.clone()))).await
+    }
+}
+
+#[cfg(not(unix))]
+mod control {
+    use super::*;
+
+    pub fn bind(_: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    pub async fn serve(_: (), _: &Arc<Hub>) -> io::Result<()> {
+        std::future::pending().await
     }
 }
 

@@ -83,7 +83,16 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    let image = ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    let fault = args.fault.as_deref().map(str::parse::<fault::Fault>).transpose()?;
+    if fault.is_some_and(|fault| fault.init.is_none()) {
+        return Err(Error::plain(
+            "--fault: mac and checksum are faults of the network, not of an image",
+            "Give them to `cargo xtask run --fault`.",
+        )
+        .into());
+    }
+    let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
+    let image = ensure(&root, &args.choice.profile, &options)?;
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
     }

@@ -52,6 +52,9 @@ pub enum Failure {
     TimedOut,
 }
 
+/// A VM's connection to a service: VM, its port, the host side's port.
+pub type ServiceKey = (u32, u16, u16);
+
 pub struct Connection {
     pub vm: u32,
     pub port: u16,
@@ -66,8 +69,8 @@ pub struct Connection {
     pub handshake_over: bool,
     /// The earliest entry among the timers.
     pub scheduled: Option<Instant>,
-    /// To a service of the host: VM, its port, the host side's port.
-    pub service: Option<(u32, u16, u16)>,
+    /// Set if it is a VM's, to a service of the host.
+    pub service: Option<ServiceKey>,
     phase: Phase,
     client: Option<TcpStream>,
     tcp: Option<Tcp>,
@@ -130,7 +133,7 @@ impl Connection {
         id: u64,
         vm: u32,
         service: TcpStream,
-        key: (u32, u16, u16),
+        key: ServiceKey,
         syn: &[u8],
         now: Instant,
     ) -> Self {
@@ -144,7 +147,7 @@ impl Connection {
     }
 
     /// The service's key and the VM's first packet, once the service has answered.
-    pub fn reached(&mut self) -> Option<((u32, u16, u16), Box<[u8]>)> {
+    pub fn reached(&mut self) -> Option<(ServiceKey, Box<[u8]>)> {
         let client = self.client.as_ref().filter(|_| self.phase == Phase::Reaching && self.writable)?;
         client.peer_addr().ok()?;
         Some((self.service?, self.syn.take()?))

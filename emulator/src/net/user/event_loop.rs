@@ -14,7 +14,7 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token};
 
 use super::Config;
-use super::connection::{Connection, Env, Failure, Phase, reset};
+use super::connection::{Connection, Env, Failure, Phase, ServiceKey, reset};
 use super::stack::Stack;
 use crate::net::counters::Counters;
 use crate::net::lan::{Lan, TCP_ROOM};
@@ -63,7 +63,7 @@ pub struct EventLoop {
     open: usize,
     pub(super) next_id: u64,
     by_port: HashMap<(u32, u16), usize>,
-    pub(super) by_service: HashMap<(u32, u16, u16), usize>,
+    pub(super) by_service: HashMap<ServiceKey, usize>,
     pub(super) vms: HashMap<u32, Vm>,
     timers: BinaryHeap<Reverse<(Instant, usize, u64)>>,
     /// Connections to serve in this round.

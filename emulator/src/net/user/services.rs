@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use mio::net::TcpStream;
 use mio::{Interest, Token};
 
-use super::connection::{Connection, Env};
+use super::connection::{Connection, Env, ServiceKey};
 use super::event_loop::EventLoop;
 use crate::net::packet::{Ipv4, Segment};
 use crate::net::reason::Reason;
@@ -41,7 +41,7 @@ impl EventLoop {
     }
 
     /// Begins to connect to a service; none if there are too many connections already.
-    fn open_service(&mut self, key: (u32, u16, u16), port: u16, syn: Ipv4<'_>) -> Option<()> {
+    fn open_service(&mut self, key: ServiceKey, port: u16, syn: Ipv4<'_>) -> Option<()> {
         let vm = key.0;
         let used = self.vms.get(&vm).map_or(0, |state| state.services);
         if !self.may_accept() || used >= self.config.limits.connections_per_vm {
