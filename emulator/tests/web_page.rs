@@ -156,7 +156,14 @@ fn typing(browser: &mut Browser, lab: &Lab, page: &Tab, url: &str) {
     page.until(browser, 10, &shows("vm-state", "failed"));
     page.until(browser, 10, &shows("vm-note", "as you wish"));
     page.screenshot(browser, &screenshot("vm-failed-dark.png"));
-    page.press(browser, "Escape"); // goes to the guest's terminal
+    // Escape is the guest's, Ctrl-] is not.
+    page.press(browser, "Escape");
+    assert_eq!(page.get(browser, "location.hash"), "#/vm/5");
+    let leave = serde_json::json!({
+        "type": "keyDown", "modifiers": 2, "key": "]", "code": "BracketRight", "windowsVirtualKeyCode": 221
+    });
+    page.call(browser, "Input.dispatchKeyEvent", leave);
+    page.until(browser, 5, "document.activeElement.id === 'back'");
     page.get(browser, "location.hash = '#/'");
     page.until(browser, 10, &count("failed", 1));
     page.screenshot(browser, &screenshot("grid-one-failed-dark.png"));
@@ -169,6 +176,9 @@ fn typing(browser: &mut Browser, lab: &Lab, page: &Tab, url: &str) {
     // A reset brings it back, and both terminals.
     page.get(browser, "location.hash = '#/vm/5'");
     page.until(browser, 10, "!document.querySelector('[data-act=reset]').disabled");
+    page.get(browser, "document.querySelector('[data-act=reset]').click()");
+    page.until(browser, 2, "document.querySelector('[data-act=reset]').innerText === 'Really reset?'");
+    assert_eq!(lab.get("/api/vms/5")["reboots"], 0, "one press is not enough");
     page.get(browser, "document.querySelector('[data-act=reset]').click()");
     page.until(browser, 10, &shows("vm-state", "idle"));
     page.until(browser, 10, ATTACHED);

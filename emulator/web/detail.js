@@ -4,6 +4,7 @@ import { STATES, bytes, time, whole } from "./format.js";
 import { Console, load } from "./terminal.js";
 
 const PERIOD = 1000;
+const SURE = 4000;
 const byId = (id) => document.getElementById(id);
 
 export class Detail {
@@ -11,11 +12,12 @@ export class Detail {
   #console = null;
   #timer = 0;
   #shown = "";
+  #sure = 0;
 
   constructor(fleet) {
     this.fleet = fleet;
     for (const button of document.querySelectorAll("[data-act]")) {
-      button.addEventListener("click", () => this.#act(button.dataset.act));
+      button.addEventListener("click", () => this.#press(button));
     }
     byId("page-again").addEventListener("click", () => this.#page());
   }
@@ -47,6 +49,7 @@ export class Detail {
     this.#console = null;
     this.vm = null;
     this.#shown = "";
+    this.#unsure();
     byId("page").removeAttribute("src");
     document.title = "Linux on GPU";
   }
@@ -92,7 +95,9 @@ export class Detail {
       ["Memory of its own", bytes(facts.private_bytes)],
       ["Packets in", whole(facts.packets_in)],
       ["Packets out", whole(facts.packets_out)],
-      ["Packets dropped", whole(facts.packets_dropped)],
+      ["Dropped by its device", whole(facts.packets_dropped)],
+      ...Object.entries(facts.bridge_dropped ?? {}).map(([reason, count]) =>
+        [`Dropped: ${reason.replaceAll("_", " ")}`, whole(count)]),
       ["Started over", whole(facts.reboots)],
       ["Address", facts.ip ?? "–"],
       ["MAC", facts.mac ?? "–"],
@@ -126,6 +131,26 @@ export class Detail {
   #note(text) {
     byId("vm-note").textContent = text;
     byId("vm-note").hidden = !text;
+  }
+
+  // A reset can't be taken back: it wants a second press.
+  #press(button) {
+    const { act } = button.dataset;
+    if (act === "reset" && !button.classList.contains("sure")) {
+      button.classList.add("sure");
+      button.textContent = "Really reset?";
+      this.#sure = setTimeout(() => this.#unsure(), SURE);
+      return;
+    }
+    this.#unsure();
+    this.#act(act);
+  }
+
+  #unsure() {
+    clearTimeout(this.#sure);
+    const button = document.querySelector("[data-act=reset]");
+    button.classList.remove("sure");
+    button.textContent = "Reset";
   }
 
   async #act(action) {

@@ -43,6 +43,12 @@ export class Console {
     this.recolour();
     this.terminal.open(box);
     this.terminal.textarea?.setAttribute("aria-label", `Console of VM ${vm}`);
+    // Escape and Tab belong to the guest, so there has to be another way out for those without a mouse.
+    this.terminal.attachCustomKeyEventHandler((event) => {
+      if (!event.ctrlKey || event.key !== "]") return true;
+      document.getElementById("back").focus();
+      return false;
+    });
     this.terminal.onData((data) => this.#type(new TextEncoder().encode(data)));
     this.terminal.onBinary((data) => this.#type(Uint8Array.from(data, (c) => c.charCodeAt(0))));
     this.sizes = new ResizeObserver(() => this.#fit());
@@ -95,7 +101,7 @@ export class Console {
     socket.onopen = () => {
       // What comes first is what the VM printed last.
       this.terminal.reset();
-      this.hint.textContent = "connected";
+      this.hint.textContent = "connected; Ctrl-] leaves it";
       this.box.dataset.link = "open";
     };
     socket.onmessage = ({ data }) => this.terminal.write(new Uint8Array(data));

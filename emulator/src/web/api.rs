@@ -16,6 +16,7 @@ use super::pages::PageStatus;
 use super::server::error;
 use super::survey::{Sample, State as VmState};
 use crate::net::address::{ip_of, mac_of};
+use crate::net::tap::Direction;
 
 fn answer(value: &impl Serialize) -> Response {
     // Plain numbers, strings and lists always have a JSON form.
@@ -110,6 +111,15 @@ pub async fn vm(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Respon
             "uptime": page.uptime,
         })
     });
+    // Both ways together; the link's own document has them apart.
+    let link = hub.watch.as_ref().and_then(|watch| watch.counters.vm(vm));
+    let dropped = link.map(|link| {
+        let mut sum = std::collections::BTreeMap::<&str, u64>::new();
+        for (reason, count) in [Direction::In, Direction::Out].into_iter().flat_map(|way| link.drops(way)) {
+            *sum.entry(reason.name()).or_default() += count;
+        }
+        sum
+    });
     let mac = mac_of(vm).map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")).ok();
     answer(&json!({
         "vm": vm,
@@ -125,6 +135,7 @@ pub async fn vm(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Respon
         "packets_in": counters.rx_frames,
         "packets_out": counters.tx_frames,
         "packets_dropped": counters.dropped,
+        "bridge_dropped": dropped,
         "reboots": counters.reboots,
         "pc": hex(status.pc),
         "last_trap": { "cause": cause, "name": cause_name(cause), "epc": hex(epc), "tval": hex(tval) },

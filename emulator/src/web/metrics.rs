@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use super::Hub;
 use super::survey::State as VmState;
 use crate::fleet::Counters;
+use crate::net::counters::Snapshot;
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -68,6 +69,9 @@ pub async fn fleet(State(hub): State<Arc<Hub>>) -> Response {
     if let Some(pages) = &hub.pages {
         text.one("pages_fetched_total", "counter", "Pages of VMs that answered 200.", pages.fetched());
     }
+    if let Some(watch) = &hub.watch {
+        bridge(&mut text, &watch.counters.snapshot());
+    }
     text.one(
         "seconds_total",
         "counter",
@@ -75,6 +79,31 @@ pub async fn fleet(State(hub): State<Arc<Hub>>) -> Response {
         hub.fleet.started().elapsed().as_secs_f64(),
     );
     text.answer()
+}
+
+/// What passes between the VMs' links and the host.
+fn bridge(text: &mut Document, counters: &Snapshot) {
+    text.family(
+        "bridge_bytes_total",
+        "counter",
+        "Bytes of the frames that the bridge gave to and took from VMs.",
+    );
+    text.value("bridge_bytes_total", "{direction=\"in\"}", counters.bytes_in);
+    text.value("bridge_bytes_total", "{direction=\"out\"}", counters.bytes_out);
+    text.family("bridge_dropped_total", "counter", "Packets that the bridge has dropped, by reason.");
+    for (reason, count) in counters.drops() {
+        text.value("bridge_dropped_total", &format!("{{reason=\"{}\"}}", reason.name()), count);
+    }
+    text.one("connections_open", "gauge", "Connections to VMs that are open.", counters.connections_open);
+    text.family("connections_total", "counter", "Connections to VMs: all, and how some of them ended.");
+    for (end, count) in [
+        ("accepted", counters.connections_total),
+        ("refused", counters.connections_refused),
+        ("timed_out", counters.connections_timed_out),
+        ("reset", counters.connections_reset),
+    ] {
+        text.value("connections_total", &format!("{{what=\"{end}\"}}"), count);
+    }
 }
 
 /// `GET /metrics/vms`: each VM.
