@@ -21,7 +21,10 @@ use web_support::{Lab, until};
 /// None, after saying why, if there is no browser.
 fn browser(test: &str) -> Option<Browser> {
     match browser::find() {
-        Some(program) => Some(Browser::start(&program)),
+        Some(program) => {
+            println!("{test}: screenshots in out/screenshots");
+            Some(Browser::start(&program))
+        }
         None => {
             println!("SKIPPED: {test}: no Chromium was found; apt-get install chromium, or set CHROMIUM");
             None

@@ -19,6 +19,8 @@ use crate::fleet::{Shared, lock};
 
 /// Instructions after which a guest is typed to though it is not ready: somebody may want to know why.
 const LONG_BOOT: u64 = 200_000_000;
+/// VMs that a worker resets at most before it runs others again.
+const RESETS: usize = 32;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
@@ -55,12 +57,7 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         if !shared.sched.take(part, batch, &mut turns) {
             break;
         }
-        turns.retain(|turn| {
-            if turn.reset {
-                shared.start_over(turn.vm);
-            }
-            !turn.reset
-        });
+        shared.start_over_those_that_shall(&mut turns);
         if turns.is_empty() {
             continue;
         }
@@ -254,6 +251,25 @@ impl Shared {
         }
         self.changed();
         self.sched.requeue(vm, Class::Boot);
+    }
+
+    /// Takes the VMs that are to be reset from the turns, and resets them: some, so that the others don't wait long.
+    fn start_over_those_that_shall(&self, turns: &mut Vec<Turn>) {
+        let mut resets = 0;
+        turns.retain(|turn| {
+            match turn.reset {
+                true if resets < RESETS => {
+                    resets += 1;
+                    self.start_over(turn.vm);
+                }
+                true => {
+                    self.sched.requeue(turn.vm, Class::Boot);
+                    self.sched.reset(turn.vm);
+                }
+                false => {}
+            }
+            !turn.reset
+        });
     }
 
     /// The user's reset. The VM has this worker's turn, so no engine runs it.

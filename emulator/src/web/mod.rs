@@ -3,6 +3,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`bind`] | which address, and whether it can be had |
+//! | `listener` | so many connections at once |
 //! | [`guard`] | who may ask: Host, Origin, token |
 //! | [`survey`] | looks at all VMs once a second |
 //! | [`pages`] | asks VMs for their own page, for their uptime |
@@ -24,6 +25,7 @@ mod attach;
 pub mod bind;
 mod console;
 pub mod guard;
+mod listener;
 mod live;
 mod metrics;
 pub mod pages;

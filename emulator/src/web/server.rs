@@ -18,6 +18,7 @@ use tokio::sync::{oneshot, watch};
 #[cfg(unix)]
 use super::attach;
 use super::guard::{Gate, guard};
+use super::listener::Limited;
 use super::pages::{self, Limits, Pages};
 use super::survey::{History, Sample};
 use super::{Facts, Hub, Network, StatusReport, api, assets, console, live, metrics, pcap, proxy, survey};
@@ -66,7 +67,7 @@ impl Server {
                     Some((listener, gate)) => {
                         let router = router(hub.clone());
                         let guarded = router.layer(from_fn_with_state(Arc::new(gate), guard));
-                        axum::serve(listener, guarded).await
+                        axum::serve(Limited::new(listener), guarded).await
                     }
                     None => std::future::pending().await,
                 };
