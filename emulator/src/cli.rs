@@ -8,6 +8,7 @@ pub mod live;
 pub mod load;
 mod machines;
 pub mod pcap;
+#[cfg_attr(not(unix), allow(dead_code, reason = "there is no control socket to ask"))]
 mod progress;
 mod web;
 
@@ -356,6 +357,9 @@ pub enum Backend {
     Cuda,
     /// The CPU.
     Cpu,
+    /// No machine at all: what answers is a stub, to measure what stands before it.
+    #[value(hide = true)]
+    Stub,
 }
 
 /// How the network reaches the host.

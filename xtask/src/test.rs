@@ -113,10 +113,10 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     } else {
         // The debug images lie beside the lean one; tests that want one say so if it is missing.
         let faults = [&[][..], &["--fault", "arp:1"], &["--fault", "route:1"]];
-        image(&mut tally, &root, &[])
-            && faults
-                .iter()
-                .all(|fault| image(&mut tally, &root, &[&["--profile", "debug"], *fault].concat()))
+        let lean = image(&mut tally, &root, &[]);
+        let debug = |fault: &&[&str]| image(&mut tally, &root, &[&["--profile", "debug"], *fault].concat());
+        let _all = lean && faults.iter().all(debug);
+        lean
     };
     if has_image {
         tests.env("GUEST_IMAGE", root.join("out/lean"));
@@ -136,6 +136,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if has_image {
         fleet(&mut tally, &root);
     }
+    windows(&mut tally, &root, &tools);
 
     for why in &tally.skipped {
         println!("skipped: {why}");
@@ -248,6 +249,38 @@ fn fleet(tally: &mut Tally, root: &Path) {
     }
 }
 
+/// The emulator, checked and linked for Windows. Rustup's toolchain has no standard library for that, and may not be able
+/// to fetch one; the distribution's can build it from its sources.
+fn windows(tally: &mut Tally, root: &Path, tools: &Tools) {
+    const WHAT: &str = "the emulator for Windows";
+    const TARGET: &str = "x86_64-pc-windows-gnu";
+    let (rustc, cargo) = (Path::new("/usr/bin/rustc"), Path::new("/usr/bin/cargo"));
+    let needs = [
+        (rustc, "rustc-web"),
+        (cargo, "cargo-web"),
+        (Path::new("/usr/lib/rustlib/src/rust/library/std/Cargo.toml"), "rust-web-src"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-gcc"), "gcc-mingw-w64-x86-64"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-g++"), "g++-mingw-w64-x86-64"),
+    ];
+    for (file, package) in needs {
+        if let Err(why) = tools.file(file, package) {
+            return tally.skip(WHAT, why);
+        }
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let mut command = Command::new(cargo);
+    command.current_dir(root).args(["build", "--quiet", "--package", "emulator"]);
+    command.args(["-Zbuild-std", "--target", TARGET]);
+    // Cargo's own variables belong to the toolchain that runs this.
+    command
+        .env("RUSTC", rustc)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("CARGO");
+    command.env("RUSTFLAGS", "-Dwarnings").env("CARGO_TARGET_DIR", target.join("windows"));
+    check(tally, WHAT, command);
+}
+
 /// A range of ports of which the first and the last are free now.
 fn free_ports() -> u16 {
     let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
@@ -282,8 +315,12 @@ impl Tools {
         if host::find(program).is_some() {
             return Ok(());
         }
+        self.install(package).map_err(|why| format!("{program} is not installed: {why}"))
+    }
+
+    fn install(&self, package: &str) -> Result<(), String> {
         if !self.install || !rustix::process::geteuid().is_root() {
-            return Err(format!("{program} is not installed; run: sudo apt-get install {package}"));
+            return Err(format!("run: sudo apt-get install {package}"));
         }
         println!("install {package}");
         let apt = |words: &[&str]| {
@@ -295,6 +332,15 @@ impl Tools {
         let install = ["install", "--no-install-recommends", package];
         // A fresh machine's lists are empty, an old one's out of date.
         apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+    }
+
+    /// A file of the system, from a package.
+    fn file(&self, file: &Path, package: &str) -> Result<(), String> {
+        if file.exists() {
+            return Ok(());
+        }
+        self.install(package).map_err(|why| format!("{} is not there: {why}", file.display()))?;
+        if file.exists() { Ok(()) } else { Err(format!("{package} has no {}", file.display())) }
     }
 
     /// A file of a package from PyPI, which is installed in a folder of ours.

@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod nvrtc;
 pub mod start;
+pub mod stub;
 
 use std::ops::Range;
 
