@@ -112,6 +112,11 @@ fn a_grid_of_256_a_console_a_failure_and_a_restart() {
     let phone = tab(browser, &format!("{url}#/vm/7"), PHONE, "dark");
     phone.until(browser, 10, &shows("vm-state", "idle"));
     no_wider_than_the_screen(browser, &phone);
+    phone.until(
+        browser,
+        5,
+        "[...document.querySelectorAll('.panel:not([hidden])')].every(p => p.offsetWidth > 340)",
+    );
     phone.screenshot(browser, &screenshot("vm-phone-dark.png"));
     phone.get(browser, "location.hash = '#/'");
     phone.until(browser, 10, &drawn(VMS));
@@ -263,6 +268,11 @@ fn a_real_fleet_with_its_pages() {
     });
     std::thread::sleep(std::time::Duration::from_secs(3));
     page.screenshot(browser, &screenshot("fleet-dark.png"));
+    let phone = tab(browser, &format!("{url}#/vm/3"), PHONE, "light");
+    phone.until(browser, 10, &shows("page-hint", "ms"));
+    no_wider_than_the_screen(browser, &phone);
+    phone.until(browser, 5, "[...document.querySelectorAll('.panel')].every(p => p.offsetWidth > 340)");
+    phone.screenshot(browser, &screenshot("vm-phone-light.png"));
     let light = tab(browser, &format!("{url}#/vm/3"), DESK, "light");
     light.until(browser, 10, &shows("page-hint", "ms"));
 

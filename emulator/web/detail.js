@@ -102,9 +102,12 @@ export class Detail {
       ["Address", facts.ip ?? "–"],
       ["MAC", facts.mac ?? "–"],
     ]);
-    const { cause, name, epc, tval } = facts.last_trap;
-    list("trap", [["Cause", `${name} (0x${cause.toString(16)})`], ["At (sepc)", epc], ["Value (stval)", tval],
-      ["Program counter", facts.pc]]);
+    const trap = facts.last_trap;
+    list("trap", [
+      ...(trap ? [["Cause", `${trap.name} (0x${trap.cause.toString(16)})`], ["At (sepc)", trap.epc],
+        ["Value (stval)", trap.tval]] : [["Cause", "none yet"]]),
+      ["Program counter", facts.pc],
+    ]);
   }
 
   #page() {

@@ -138,7 +138,10 @@ pub async fn vm(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Respon
         "bridge_dropped": dropped,
         "reboots": counters.reboots,
         "pc": hex(status.pc),
-        "last_trap": { "cause": cause, "name": cause_name(cause), "epc": hex(epc), "tval": hex(tval) },
+        // At its first instruction a VM has all of them zero.
+        "last_trap": (status.last_trap != [0; 3]).then(|| json!({
+            "cause": cause, "name": cause_name(cause), "epc": hex(epc), "tval": hex(tval),
+        })),
         "ip": ip_of(vm).ok(),
         "mac": mac,
         "page": page,
