@@ -144,7 +144,7 @@ fn start(config: Config) -> Arc<Hub> {
         clients: AtomicU64::new(0),
         watched: Mutex::default(),
     });
-    tokio::spawn(survey::survey(hub.clone(), sender));
+    survey::start(hub.clone(), sender);
     if let Some(pages) = pages {
         tokio::spawn(pages::fetch_all(hub.clone(), pages));
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tokio::sync::watch;
-use tokio::time::{Duration, MissedTickBehavior, interval};
+use tokio::time::{Duration, MissedTickBehavior, interval_at};
 
 use super::Hub;
 use super::pages::PageState;
@@ -165,22 +165,29 @@ struct Before {
     pages: u64,
 }
 
-/// Looks, for as long as somebody could ask.
-pub(super) async fn survey(hub: Arc<Hub>, samples: watch::Sender<Arc<Sample>>) {
+/// Looks once, then in a task for as long as somebody could ask.
+pub(super) fn start(hub: Arc<Hub>, samples: watch::Sender<Arc<Sample>>) {
     let vms = hub.facts.vms as usize;
     let mut before =
         Before { at: Instant::now(), vms: vec![(0, 0); vms], steps: 0, frames: (0, 0), pages: 0 };
     let mut activities = Vec::with_capacity(vms);
-    let mut ticks = interval(PERIOD);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        let sample = look(&hub, &mut before, &mut activities);
+    let mut look = move |hub: &Hub| {
+        let sample = look(hub, &mut before, &mut activities);
         lock(&hub.history).push(sample.totals);
-        if samples.send(Arc::new(sample)).is_err() {
-            return;
+        samples.send(Arc::new(sample)).is_ok()
+    };
+    // Nobody is to be told that there are no VMs.
+    look(&hub);
+    tokio::spawn(async move {
+        let mut ticks = interval_at(tokio::time::Instant::now() + PERIOD, PERIOD);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if !look(&hub) {
+                return;
+            }
         }
-    }
+    });
 }
 
 fn look(hub: &Hub, before: &mut Before, activities: &mut Vec<Activity>) -> Sample {
