@@ -1,16 +1,15 @@
 //! Packet rewriting between the host's ports and the VMs' links: pure functions from packet to packet.
 //!
-//! A host packet to port P + N becomes a frame to VM N: destination MAC, IP and port are VM N's, the source address is
-//! the LAN's host side, the source port stays. A VM's answer goes the same way back. Checksums follow incrementally
-//! (RFC 1624), so a packet that was damaged on its way stays recognisable as damaged.
+//! [`super::gateway`] says which addresses a packet gets; here it gets them. Checksums follow incrementally (RFC 1624), so
+//! a packet that was damaged on its way stays recognisable as damaged.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 
 use etherparse::EtherType;
 
-use super::address::{HOST_IP, HOST_MAC, ip_of, mac_of};
+use super::address::{HOST_MAC, mac_of};
 use super::checksum::{self, Incremental};
-use super::packet::{Carries, ETHERNET_LEN, Ethernet, FrameBuf, Ipv4, MTU, TCP, write_ethernet};
+use super::packet::{ETHERNET_LEN, FrameBuf, Ipv4, MTU, TCP, write_ethernet};
 use super::reason::Reason;
 
 /// Room for one IPv4 packet.
@@ -41,87 +40,6 @@ impl Ports {
         }
         u16::try_from(u32::from(self.base).checked_add(vm)?).ok()
     }
-}
-
-/// A host packet that became a frame for a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ToVm {
-    /// The VM.
-    pub vm: u32,
-    /// Length of the frame.
-    pub len: usize,
-    /// The addresses that the way back has to restore.
-    pub flow: Flow,
-}
-
-/// The host's addresses of a flow, which a VM never sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
-    /// The client's address.
-    pub client: Ipv4Addr,
-    /// The address that the client connected to.
-    pub served: Ipv4Addr,
-}
-
-/// Rewrites a host's IPv4 packet to one of `ports` into a frame for that VM.
-pub fn to_vm(packet: &[u8], ports: &Ports, frame: &mut FrameBuf) -> Result<ToVm, Reason> {
-    let ip = Ipv4::parse(packet)?;
-    ip.whole_and_plain()?;
-    let segment = ip.segment()?;
-    let vm = ports.vm_of(segment.dst_port).ok_or(Reason::Port)?;
-    let mac = mac_of(vm).map_err(|_| Reason::UnknownDestination)?;
-    let address = ip_of(vm).map_err(|_| Reason::UnknownDestination)?;
-
-    let body = &mut write_ethernet(frame, mac, HOST_MAC, EtherType::IPV4)[..ip.bytes().len()];
-    readdress(
-        &ip,
-        body,
-        SocketAddrV4::new(HOST_IP, segment.src_port),
-        SocketAddrV4::new(address, ports.guest),
-    )?;
-    Ok(ToVm { vm, len: ETHERNET_LEN + body.len(), flow: Flow { client: ip.src(), served: ip.dst() } })
-}
-
-/// Rewrites VM `vm`'s frame to the host side into the host's IPv4 packet; returns the packet's length.
-pub fn to_host(
-    frame: &[u8],
-    vm: u32,
-    ports: &Ports,
-    flow: Flow,
-    packet: &mut PacketBuf,
-) -> Result<usize, Reason> {
-    let ethernet = Ethernet::parse(frame)?;
-    if Ok(ethernet.src) != mac_of(vm) {
-        return Err(Reason::WrongSourceMac);
-    }
-    if ethernet.dst != HOST_MAC {
-        return Err(Reason::UnknownDestination);
-    }
-    if ethernet.carries != Carries::Ipv4 {
-        return Err(Reason::EtherType);
-    }
-    let ip = Ipv4::parse(ethernet.payload)?;
-    if Ok(ip.src()) != ip_of(vm) {
-        return Err(Reason::WrongSourceIp);
-    }
-    if ip.dst() != HOST_IP {
-        return Err(Reason::UnknownDestination);
-    }
-    ip.whole_and_plain()?;
-    let segment = ip.segment()?;
-    if segment.src_port != ports.guest {
-        return Err(Reason::Port);
-    }
-    let port = ports.port_of(vm).ok_or(Reason::Port)?;
-
-    let packet = &mut packet[..ip.bytes().len()];
-    readdress(
-        &ip,
-        packet,
-        SocketAddrV4::new(flow.served, port),
-        SocketAddrV4::new(flow.client, segment.dst_port),
-    )?;
-    Ok(packet.len())
 }
 
 /// Copies a whole TCP or UDP packet into `out` (of the same length) with other addresses and ports.
