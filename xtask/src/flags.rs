@@ -134,7 +134,7 @@ pub struct RunArgs {
 
     /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
     /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token: docs/web.md.
-    #[arg(long, value_name = "ADDR|off")]
+    #[arg(long, value_name = "ADDR|off", value_parser = web)]
     pub web: Option<String>,
 
     /// Guest time after the boot: with the wall clock (real), or with executed instructions, jumping over idle times
@@ -265,6 +265,16 @@ pub struct TestArgs {
     /// Install nothing; skip the tests whose tools are missing.
     #[arg(long)]
     pub no_install: bool,
+}
+
+/// As `until`.
+fn web(text: &str) -> Result<String, String> {
+    use std::net::{IpAddr, SocketAddr};
+    let address = text.parse::<SocketAddr>().is_ok() || text.parse::<IpAddr>().is_ok();
+    if text == "off" || text.parse::<u16>().is_ok() || address {
+        return Ok(text.to_owned());
+    }
+    Err("expected off, a port, or an address as in 127.0.0.1:8080".to_owned())
 }
 
 /// The emulator reads the value; a mistake should not wait for it.

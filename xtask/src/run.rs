@@ -20,7 +20,7 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     // A run that ends by itself serves no page unless it is told to.
     let ends = matches!(args.until.as_deref(), Some("ready" | "http"));
     if args.web.as_deref().map_or(!ends, |web| web != "off")
-        && let Err(why) = xterm::ensure(&root, true)
+        && let Err(why) = xterm::ensure(&root, true, args.choice.quiet)
     {
         eprintln!("The page will have no terminal; the rest of it works. {why}");
     }

@@ -70,7 +70,8 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let root = repo::root()?;
     let start = Instant::now();
     let mut tally = Tally::default();
-    let tools = Tools { install: !args.no_install, folder: Cache::open()?.root().join("test-tools") };
+    let tools =
+        Tools { install: !args.no_install, quiet: false, folder: Cache::open()?.root().join("test-tools") };
 
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -91,7 +92,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if let Err(why) = tools.package("chromium", "chromium") {
         println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
     }
-    if let Err(why) = xterm::ensure(&root, tools.install) {
+    if let Err(why) = xterm::ensure(&root, tools.install, false) {
         println!(
             "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
         );
@@ -305,6 +306,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 pub struct Tools {
     /// What is missing may be installed.
     pub install: bool,
+    /// Without saying so.
+    pub quiet: bool,
     /// For packages from PyPI.
     pub folder: PathBuf,
 }
@@ -322,7 +325,9 @@ impl Tools {
         if !self.install || !rustix::process::geteuid().is_root() {
             return Err(format!("run: sudo apt-get install {package}"));
         }
-        println!("install {package}");
+        if !self.quiet {
+            println!("install {package}");
+        }
         let apt = |words: &[&str]| {
             let mut command = Command::new("apt-get");
             command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
@@ -460,7 +465,7 @@ mod tests {
 
     #[test]
     fn what_is_not_installed_is_named() {
-        let tools = Tools { install: false, folder: "/nonexistent".into() };
+        let tools = Tools { install: false, quiet: false, folder: "/nonexistent".into() };
         assert!(
             tools
                 .package("lg-no-such-program", "lg-package")

@@ -37,7 +37,7 @@ impl<'a> Pins<'a> {
 }
 
 /// Makes sure that the terminal is in the cache. As root it installs npm for that, unless `install` is false.
-pub fn ensure(root: &Path, install: bool) -> Result<(), String> {
+pub fn ensure(root: &Path, install: bool, quiet: bool) -> Result<(), String> {
     let path = root.join(PINS);
     let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let pins = Pins::read(&text)?;
@@ -45,8 +45,10 @@ pub fn ensure(root: &Path, install: bool) -> Result<(), String> {
     if pins.files.iter().all(|(hash, _)| folder.join(hash).is_file()) {
         return Ok(());
     }
-    let npm = npm(install)?;
-    eprintln!("Getting {} from npm, for the page's terminal; this once.", pins.package);
+    let npm = npm(install, quiet)?;
+    if !quiet {
+        eprintln!("Getting {} from npm, for the page's terminal; this once.", pins.package);
+    }
     let fail = |what: &Path, error: std::io::Error| format!("{}: {error}", what.display());
     std::fs::create_dir_all(&folder).map_err(|error| fail(&folder, error))?;
     let place = tempfile::tempdir_in(&folder).map_err(|error| fail(&folder, error))?;
@@ -72,7 +74,7 @@ pub fn ensure(root: &Path, install: bool) -> Result<(), String> {
 }
 
 /// npm, which may not be the distribution's.
-fn npm(install: bool) -> Result<PathBuf, String> {
+fn npm(install: bool, quiet: bool) -> Result<PathBuf, String> {
     let find = || {
         let folders = std::env::var_os("PATH")?;
         std::env::split_paths(&folders).map(|folder| folder.join("npm")).find(|path| path.is_file())
@@ -80,7 +82,7 @@ fn npm(install: bool) -> Result<PathBuf, String> {
     if let Some(path) = find() {
         return Ok(path);
     }
-    Tools { install, folder: PathBuf::new() }.package("npm", "npm")?;
+    Tools { install, quiet, folder: PathBuf::new() }.package("npm", "npm")?;
     Ok(PathBuf::from("/usr/bin/npm"))
 }
 

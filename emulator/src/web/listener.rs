@@ -13,8 +13,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Connections at once; more wait. Without a limit a stranger could use up the process's files.
 const CONNECTIONS: usize = 1024;
-/// Files that the page may need beside the bridge's: connections, and what it fetches from VMs.
-const FILES: u64 = CONNECTIONS as u64 + 1024;
 /// After a failure to accept.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -103,6 +101,8 @@ fn allow_files() {
     {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+        /// Beside the bridge's: connections, and what is fetched from VMs.
+        const FILES: u64 = CONNECTIONS as u64 + 1024;
         let limit = getrlimit(Resource::Nofile);
         let Some(soft) = limit.current else { return };
         let raised = soft.saturating_add(FILES).min(limit.maximum.unwrap_or(u64::MAX));
