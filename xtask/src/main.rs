@@ -7,6 +7,7 @@ mod image;
 mod repo;
 mod run;
 mod test;
+mod xterm;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
         Command::Load(args) => run::load(args),
+        Command::Pause(args) => run::act("pause", &args),
+        Command::Resume(args) => run::act("resume", &args),
+        Command::Reset(args) => run::act("reset", &args),
         Command::Doctor => doctor::command(),
         Command::Test(args) => test::command(&args),
     };
