@@ -140,19 +140,34 @@ __attribute__((noinline)) bool resolve(Cpu *cpu, Tlb *tlb) {
 // -- Operations out of line
 // --------------------------------------------------------------------------------------
 
+// Caches the translation of an aligned `va`, if RAM is there and nothing comes up that returns to the driver.
+// True: the handler will find it.
+bool cache_load(Cpu *cpu, Tlb *tlb, u32 va) {
+    Machine &m = cpu->machine;
+    Walk w = translate(m, va, ACCESS_LOAD);
+    const u8 *host = !w.cause && !(w.pa >> 32) ? ram_read_at(m, (u32)w.pa) : 0;
+    if (UNLIKELY(!host || m.events)) return false;
+    fill_data(cpu, tlb, w, va, host, false);
+    return true;
+}
+bool cache_store(Cpu *cpu, Tlb *tlb, u32 va) {
+    Machine &m = cpu->machine;
+    Walk w = translate(m, va, ACCESS_STORE);
+    u8 *host = !w.cause && !(w.pa >> 32) ? ram_write_at(m, (u32)w.pa) : 0;
+    if (UNLIKELY(!host || (m.events & EV_FLUSH))) return false;
+    // If the frame held code that was looked up, the code that runs must be looked up again.
+    bool stands = code_stands(cpu, m.vm->hart.pc);
+    forget_stale(cpu);
+    fill_data(cpu, tlb, w, va, host, true);
+    if (UNLIKELY(!stands)) m.events |= EV_CHECK;
+    return stands;
+}
+
 template <u32 OP> OUT_OF_LINE void load_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    Machine &m = cpu->machine;
     u32 va = x[at->rs1] + at->imm, value;
-    if (!(va & (access_bytes(OP) - 1))) {
-        Walk w = translate(m, va, ACCESS_LOAD);
-        const u8 *host = !w.cause && !(w.pa >> 32) ? ram_read_at(m, (u32)w.pa) : 0;
-        if (LIKELY(host && !m.events)) {
-            fill_data(cpu, tlb, w, va, host, false);
-            return FAST[OP].run(STATE);
-        }
-    }
-    if (!load_any(m, va, access_bytes(OP), value)) {
+    if (!(va & (access_bytes(OP) - 1)) && cache_load(cpu, tlb, va)) return FAST[OP].run(STATE);
+    if (!load_any(cpu->machine, va, access_bytes(OP), value)) {
         settled(cpu);
         return;
     }
@@ -162,28 +177,19 @@ template <u32 OP> OUT_OF_LINE void load_slow(ARGUMENTS) {
 
 template <u32 OP> OUT_OF_LINE void store_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    Machine &m = cpu->machine;
     u32 va = x[at->rs1] + at->imm;
-    if (!(va & (access_bytes(OP) - 1))) {
-        Walk w = translate(m, va, ACCESS_STORE);
-        u8 *host = !w.cause && !(w.pa >> 32) ? ram_write_at(m, (u32)w.pa) : 0;
-        if (LIKELY(host && !(m.events & EV_FLUSH))) {
-            // If the frame held code that was looked up, the code that runs must be looked up again.
-            bool stands = code_stands(cpu, vm_of(x)->hart.pc);
-            forget_stale(cpu);
-            fill_data(cpu, tlb, w, va, host, true);
-            if (LIKELY(stands)) return FAST[OP].run(STATE);
-            m.events |= EV_CHECK;
-        }
-    }
-    store_any(m, va, access_bytes(OP), x[at->rs2]);
+    if (!(va & (access_bytes(OP) - 1)) && cache_store(cpu, tlb, va)) return FAST[OP].run(STATE);
+    store_any(cpu->machine, va, access_bytes(OP), x[at->rs2]);
     if (settled(cpu)) NEXT;
 }
 
 template <u32 OP> OUT_OF_LINE void atomic_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    u32 value;
-    if (atomic(cpu->machine, OP, x[at->rs1], x[at->rs2], value)) x[at->rd] = value;
+    u32 va = x[at->rs1], value;
+    bool fails = OP == OP_SC && vm_of(x)->hart.reservation == NO_RESERVATION; // and writes nothing
+    if (!(va & 3) && !fails && (OP == OP_LR ? cache_load(cpu, tlb, va) : cache_store(cpu, tlb, va)))
+        return FAST[OP].run(STATE);
+    if (atomic(cpu->machine, OP, va, x[at->rs2], value)) x[at->rd] = value;
     if (settled(cpu)) NEXT;
 }
 

@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+mod native;
 pub mod nvrtc;
 pub mod start;
 

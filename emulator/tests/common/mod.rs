@@ -78,6 +78,9 @@ impl Bench {
             seed: Some(7),
         };
         let machines = CpuMachines::new(config).unwrap();
+        // Soon, so that code runs in both ways. The variable MACHINE_NATIVE says when; 0: never.
+        let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
+        machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
         let by_step = std::env::var("MACHINE_ENGINE").is_ok_and(|name| name == "step");
         Self { machines, engine, by_step, time_mode: TIME_VIRTUAL, now_ticks: 0 }
