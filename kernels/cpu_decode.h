@@ -25,9 +25,7 @@ struct DecodeTable {
     struct Entry {
         u8 op = OP_ILLEGAL, format = FORMAT_OTHER;
     } of[1024];
-    u8 rd[32]; // rd as a destination
-    constexpr DecodeTable() : of(), rd() {
-        for (u32 i = 0; i < 32; i++) rd[i] = (u8)(i ? i : SINK);
+    constexpr DecodeTable() : of() {
         for (u32 i = 0; i < 1024; i++) {
             u32 opcode = (i & 31) << 2 | 3, f3 = i >> 5 & 7;
             u32 meaning = decode(opcode | f3 << 12 | (i & 0x100) << 22 | (i & 0x200) << 16 | 1 << 15, 0).op;
@@ -51,41 +49,50 @@ __attribute__((noinline)) Uop decode_other(u32 insn, u32 offset) {
     return u;
 }
 
-inline Uop decode_single(u32 insn, u32 offset) {
+// A micro-op as the word in memory that it is: put together of bytes it would wait for the store buffer.
+inline u64 packed(u32 op, u32 rd, u32 rs1, u32 rs2, u32 imm) {
+    return op | rd << 8 | rs1 << 16 | rs2 << 24 | (u64)imm << 32;
+}
+inline Uop unpacked(u64 word) {
+    Uop u;
+    __builtin_memcpy(&u, &word, 8);
+    return u;
+}
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "as the guest's memory");
+
+inline u64 decode_single(u32 insn, u32 offset) {
     u32 opcode = insn & 0x7f, f3 = insn >> 12 & 7;
     if (opcode == 0x63 && (f3 & 6) != 2) {
         u32 imm =
             (u32)((i32)insn >> 31) << 12 | (insn << 4 & 0x800) | (insn >> 20 & 0x7e0) | (insn >> 7 & 0x1e);
         bool near = offset + imm < FRAME_BYTES && !(imm & 3);
         u32 op = near ? (i32)imm <= 0 ? (u32)OP_BEQ_BACK : (u32)OP_BEQ : (u32)OP_BEQ_FAR;
-        return uop(op + f3 - (f3 & 4) / 2, 0, insn >> 15 & 31, insn >> 20 & 31, imm);
+        return packed(op + f3 - (f3 & 4) / 2, SINK, insn >> 15 & 31, insn >> 20 & 31, imm);
     }
     DecodeTable::Entry e = DECODE.of[decode_index(insn)];
     const FormatMasks &f = FORMATS[e.format];
-    if (UNLIKELY((insn ^ 3) & f.zero)) return decode_other(insn, offset);
-    u32 rs1 = insn >> 15 & f.rs1, rs2 = insn >> 20 & f.rs2;
-    Uop u = Uop();
-    u.op = e.op == OP_ADDI && !rs1 ? (u8)OP_LI : e.op;
-    u.rd = DECODE.rd[insn >> 7 & f.rd], u.rs1 = (u8)rs1, u.rs2 = (u8)rs2;
-    u.imm = ((u32)((i32)insn >> 20) & f.imm) | (insn >> 7 & f.rd_in_imm) | (insn & f.upper);
-    return u;
+    if (UNLIKELY((insn ^ 3) & f.zero)) {
+        Uop u = decode_other(insn, offset);
+        return packed(u.op, u.rd, u.rs1, u.rs2, u.imm);
+    }
+    u32 rd = insn >> 7 & f.rd, rs1 = insn >> 15 & f.rs1;
+    u32 op = e.op == OP_ADDI && !rs1 ? (u32)OP_LI : e.op;
+    u32 imm = ((u32)((i32)insn >> 20) & f.imm) | (insn >> 7 & f.rd_in_imm) | (insn & f.upper);
+    return packed(op, rd ? rd : (u32)SINK, rs1, insn >> 20 & f.rs2, imm);
 }
 
-inline void put(const Uop *at, Uop u) {
-    u64 word;
-    __builtin_memcpy(&word, &u, 8);
-    __atomic_store_n((u64 *)at, word, __ATOMIC_RELEASE);
-}
+inline void put(const Uop *at, u64 word) { __atomic_store_n((u64 *)at, word, __ATOMIC_RELEASE); }
 
 // Where decoded instructions come from: the frame of a code page, and the index of a micro-op in it.
 struct CodePlace {
     const u32 *words;
-    u32 index;
+    u32 page, index;
 };
 inline CodePlace place_of(const Machine &m, const Uop *at) {
     u64 place = (u64)(uintptr_t)at - m.pool->code_ptr;
-    u32 frame = ((const u32 *)(uintptr_t)m.pool->code_frame_ptr)[place / CODE_PAGE_BYTES];
-    return {(const u32 *)(m.frames + (u64)frame * FRAME_BYTES), (u32)(place % CODE_PAGE_BYTES) / 8};
+    u32 page = (u32)(place / CODE_PAGE_BYTES), index = (u32)(place % CODE_PAGE_BYTES) / 8;
+    u32 frame = ((const u32 *)(uintptr_t)m.pool->code_frame_ptr)[page];
+    return {(const u32 *)(m.frames + (u64)frame * FRAME_BYTES), page, index};
 }
 
 #define BLOCK 32
@@ -97,33 +104,35 @@ __attribute__((noinline)) void decode_block(const Machine &m, const Uop *at) {
     CodePlace place = place_of(m, at);
     u32 index = place.index;
     const u32 *words = place.words;
-    if (index >= 1024) return put(at, uop(OP_NEXT_PAGE, 0, 0, 0, 0));
-    Uop block[BLOCK + 1];
+    if (index >= 1024) return put(at, packed(OP_NEXT_PAGE, SINK, 0, 0, 0));
+    for (u32 i = 8; i < BLOCK; i += 8) __builtin_prefetch(at + i, 1);
+    __builtin_prefetch(words + index + 16);
+    u64 block[BLOCK + 1];
     u32 length = 0;
     while (length < BLOCK && index + length < 1024 && (length == 0 || at[length].op == OP_DECODE)) {
-        Uop u = decode_single(words[index + length], 4 * (index + length));
+        u64 u = decode_single(words[index + length], 4 * (index + length));
         block[length++] = u;
-        if (u.op == OP_JALR || u.op == OP_JAL || u.op == OP_JAL_FAR || u.op == OP_JAL_BACK ||
-            u.op == OP_ILLEGAL)
-            break;
+        u32 op = (u8)u;
+        if (op == OP_JALR || op == OP_JAL || op == OP_JAL_FAR || op == OP_JAL_BACK || op == OP_ILLEGAL) break;
     }
-    block[length] = uop(OP_DECODE, 0, 0, 0, 0);
     // Words at ascending or descending addresses of one base that follow each other, which no load of the run
     // but the last replaces.
     u32 up = 1, down = 1;
+    u64 next = OP_DECODE;
     for (u32 i = length; i-- > 0;) { // backwards: what a joined micro-op needs is in place before it
-        Uop u = block[i], next = block[i + 1];
-        u8 code = PAIR.of[u.op][next.op];
-        if (u.op == OP_LW || u.op == OP_SW) {
-            bool run = next.op == u.op && next.rs1 == u.rs1 && !((next.imm ^ u.imm) & 3) && u.rd != u.rs1;
-            bool rises = (i32)next.imm > (i32)u.imm;
-            up = run && rises ? up + 1 : 1, down = run && !rises ? down + 1 : 1;
+        u64 u = block[i];
+        u32 op = (u8)u, code = PAIR.of[op][(u8)next];
+        if (op == OP_LW || op == OP_SW) {
+            u32 base = (u8)(u >> 16);
+            i32 distance = (i32)((u32)(next >> 32) - (u32)(u >> 32));
+            bool run = (u8)next == op && (u8)(next >> 16) == base && !(distance & 3) && (u8)(u >> 8) != base;
+            up = run && distance > 0 ? up + 1 : 1, down = run && distance <= 0 ? down + 1 : 1;
             u32 words_at_once = up > down ? up : down;
             if (words_at_once > 4) words_at_once = 4;
-            if (run) code = (u8)((u.op == OP_SW ? OP_SW_RUN2 : OP_LW_RUN2) + words_at_once - 2);
+            if (run) code = (op == OP_SW ? (u32)OP_SW_RUN2 : (u32)OP_LW_RUN2) + words_at_once - 2;
         }
-        u.op = code;
-        put(at + i, u);
+        put(at + i, (u & ~0xffull) | code);
+        next = u;
     }
 }
 

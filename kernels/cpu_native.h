@@ -13,12 +13,15 @@
 #include "cpu_tlb.h"
 
 // Where native code lies, for all engines of a fleet: the host maps it twice, for writing and for running.
+// First comes that of shared frames, then a part for each VM.
 struct NativeCode {
     u8 *write;
     const u8 *run;
-    u64 bytes, used; // of the code
-    u32 *entries;    // by position in the code pages: where in the code the micro-op's region is entered
-    u32 warm_up;     // jumps to an instruction before it becomes native; 0: never
+    u64 shared_bytes, shared_used;
+    u32 *entries; // by position in the code pages: where in the code the micro-op's region is entered
+    u32 *vm_used; // of each VM's part
+    u32 vm_bytes;
+    u32 warm_up; // jumps to an instruction before it becomes native; 0: never
 };
 
 namespace {
@@ -37,7 +40,7 @@ class NativeWriter {
         sweep(words, index);
         if (leaves(0)) return false;
         for (u32 k = 0; k < length;) k += instruction(k);
-        if (falls_off()) go_outside((i32)length);
+        if (runs_on(length - 1)) go_outside((i32)length, false);
         for (u32 i = 0; i < exits; i++) write_exit(exit_of[i]);
         for (u32 i = 0; i < exacts; i++) {
             u32 here = size - (exact_at[i] + 4);
@@ -113,9 +116,7 @@ class NativeWriter {
     }
     static bool is_branch_far(u32 op) { return op >= OP_BEQ_FAR && op <= OP_BGEU_FAR; }
     static bool is_word(u32 op) { return op == OP_LW || op == OP_SW; }
-    bool plain_jump(u32 k) const {
-        return (uops[k].op == OP_JAL || uops[k].op == OP_JAL_BACK) && uops[k].rd == SINK;
-    }
+    bool jumps_near(u32 k) const { return uops[k].op == OP_JAL || uops[k].op == OP_JAL_BACK; }
     // Where a jump within the page leads, in micro-ops from the region's first.
     i32 target(u32 k) const { return (i32)k + ((i32)uops[k].imm >> 2); }
     bool inside(u32 k) const { return target(k) >= 0 && target(k) < (i32)length; }
@@ -123,37 +124,39 @@ class NativeWriter {
     // Whether control always leaves the region here, to the handler.
     bool leaves(u32 k) const {
         u32 op = uops[k].op;
-        if (op == OP_JAL || op == OP_JAL_BACK) return !plain_jump(k);
         return op <= OP_ILLEGAL || (op >= OP_DIV && op <= OP_REMU) || op == OP_JAL_FAR || op == OP_JALR ||
                (op >= OP_LR && op <= OP_SYSTEM) || op == OP_SSTATUS;
     }
     // Whether control never comes to the next instruction from here.
     bool ends(u32 k) const {
         u32 op = uops[k].op;
-        bool jump = op == OP_JAL || op == OP_JAL_BACK || op == OP_JAL_FAR || op == OP_JALR;
+        bool jump = jumps_near(k) || op == OP_JAL_FAR || op == OP_JALR;
         return op == OP_ILLEGAL || (jump && uops[k].rd == SINK);
     }
-    bool falls_off() const { return !ends(length - 1) && !leaves(length - 1); }
+    bool runs_on(u32 k) const { return !ends(k) && !leaves(k) && !jumps_near(k); }
 
     void sweep(const u32 *words, u32 index) {
         u32 reach = 0; // the furthest target of a jump forward so far
         for (u32 k = 0; k < REGION && index + k < 1024; k++) {
-            Uop u = at[k];
+            Uop u = unpacked(__atomic_load_n((const u64 *)(at + k), __ATOMIC_ACQUIRE));
             if (k && u.op == OP_NATIVE) break; // it has its code
             u.op = PAIR.first[u.op];
-            if (u.op == OP_DECODE || u.op == OP_NATIVE) u = decode_single(words[index + k], 4 * (index + k));
+            if (u.op == OP_DECODE || u.op == OP_NATIVE)
+                u = unpacked(decode_single(words[index + k], 4 * (index + k)));
             uops[k] = u;
             length = k + 1;
-            if (u.op >= OP_BEQ && u.op <= OP_JAL && (u32)target(k) > reach) reach = (u32)target(k);
+            if (u.op >= OP_BEQ && u.op <= OP_JAL && u.rd == SINK && (u32)target(k) > reach)
+                reach = (u32)target(k);
             if (ends(k) && reach <= k) break;
         }
         for (u32 k = 0; k < length; k++) {
             u32 op = uops[k].op;
-            if ((is_branch_near(op) || plain_jump(k)) && inside(k)) {
+            if ((is_branch_near(op) || jumps_near(k)) && inside(k)) {
                 targets |= 1ull << target(k);
                 if (target(k) <= (i32)k && !leaves((u32)target(k))) entries |= 1ull << target(k);
             }
-            if (leaves(k) && !ends(k) && k + 1 < length && !leaves(k + 1)) entries |= 2ull << k;
+            // Here control comes back.
+            if (!runs_on(k) && !ends(k) && k + 1 < length && !leaves(k + 1)) entries |= 2ull << k;
         }
     }
 
@@ -221,12 +224,14 @@ class NativeWriter {
     }
     void to_handler(u32 op) { bytes(0xa1ff41 | (u64)(8 * op) << 24, 7); } // jmp [r9 + 8 * op]
     // To the micro-op at k, outside the region: to its native code, if it has any.
-    void go_outside(i32 k) {
+    void go_outside(i32 k, bool by_jump) {
         set_at(k);
         if (at[k].op == OP_NATIVE) {
             bytes(0xe9, 1);
             outside_at[outsides] = size, outside_to[outsides++] = k;
             size += 4;
+        } else if (by_jump) {
+            to_handler(OP_TO_COUNTED);
         } else {
             bytes(0x06b60f, 3);   // movzx eax, byte [rsi]
             bytes(0xc124ff41, 4); // jmp [r9 + 8 * rax]
@@ -261,7 +266,7 @@ class NativeWriter {
         if (inside(k))
             jump_to((u32)to);
         else
-            go_outside(to);
+            go_outside(to, true);
     }
 
     // -- The guest's registers
@@ -321,7 +326,8 @@ class NativeWriter {
             to_handler(u.op);
             return 1;
         }
-        if (plain_jump(k)) {
+        if (jumps_near(k)) {
+            if (u.rd != SINK) link_register(k, RAX);
             jump(k);
         } else if (is_branch_near(u.op) || is_branch_far(u.op)) {
             branch(k);
@@ -366,6 +372,18 @@ class NativeWriter {
         jump_if(CONDITION[kind], is_far ? TO_HANDLER : TO_LABEL, k);
     }
 
+    // r = pc of the region's first instruction + `offset`
+    void pc_plus(u32 offset, Register r) {
+        registers(0x8b, r, RSI, true);
+        shift(5, r, 1, true);
+        registers(0x03, r, RCX);
+        immediate(0, r, offset);
+    }
+    void link_register(u32 k, Register r) {
+        pc_plus(4 * k + 4, r);
+        memory(0x89, r, RDI, 4 * (i32)uops[k].rd);
+    }
+
     // A jump to anywhere, as the handlers' GO_TO; to native code without a dispatch.
     void far_jump(u32 k) {
         const Uop &u = uops[k];
@@ -378,10 +396,7 @@ class NativeWriter {
             if (u.imm) immediate(0, RAX, u.imm);
             immediate(4, RAX, ~1u);
         } else {
-            registers(0x8b, RAX, RSI, true);
-            shift(5, RAX, 1, true);
-            registers(0x03, RAX, RCX);
-            immediate(0, RAX, 4 * k + u.imm);
+            pc_plus(4 * k + u.imm, RAX);
         }
         i32 fetch = (i32) __builtin_offsetof(Tlb, fetch);
         bytes(0x08eac141c28941, 7); // mov r10d, eax; shr r10d, 8
@@ -391,13 +406,7 @@ class NativeWriter {
         immediate(4, R11, PAGE_MASK | 3);
         memory(0x3b, R11, R10, fetch);
         jump_if(5, TO_HANDLER, k);
-        if (u.rd != SINK) {
-            registers(0x8b, R11, RSI, true);
-            shift(5, R11, 1, true);
-            registers(0x03, R11, RCX);
-            immediate(0, R11, 4 * k + 4);
-            memory(0x89, R11, RDI, 4 * (i32)u.rd);
-        }
+        if (u.rd != SINK) link_register(k, R11);
         registers(0x8b, R11, RSI, true); // rdx: count + position(at) + 1
         shift(5, R11, 3, true);
         registers(0x03, RDX, R11, true);
@@ -583,24 +592,49 @@ inline u64 entries_base(const Machine &m, const NativeCode &native) {
     return (u64)(uintptr_t)native.entries - m.pool->code_ptr / 2;
 }
 
+// A place for `bytes` of code of code page `page`, or NO_PLACE.
+#define NO_PLACE ~0u
+inline u32 native_place(const Machine &m, NativeCode &native, u32 page, u32 bytes) {
+    u32 number = m.vm->number, per_vm = m.pool->code_pages_per_vm;
+    if (page - number * per_vm < per_vm) { // this VM's own, which no other engine has now
+        u32 &used = native.vm_used[number], start = used;
+        if (bytes > native.vm_bytes - used) return NO_PLACE;
+        used += bytes;
+        return (u32)native.shared_bytes + number * native.vm_bytes + start;
+    }
+    if (__atomic_load_n(&native.shared_used, __ATOMIC_RELAXED) + bytes > native.shared_bytes) return NO_PLACE;
+    u64 start = __atomic_fetch_add(&native.shared_used, bytes, __ATOMIC_RELAXED);
+    return start + bytes > native.shared_bytes ? NO_PLACE : (u32)start;
+}
+
+// Before a slice: if a VM's part is all but full, its code starts over.
+inline void make_room(Machine &m, NativeCode &native) {
+    u32 &used = native.vm_used[m.vm->number], per_vm = m.pool->code_pages_per_vm;
+    if (native.vm_bytes - used >= NativeWriter::BYTES) return;
+    for (u32 slot = 0; slot < per_vm; slot++)
+        if (m.vm->ram.code_used[slot / 32] >> (slot % 32) & 1)
+            code_drop(m, code_frame(m)[m.vm->number * per_vm + slot]);
+    used = 0;
+}
+
 // Makes the code from `at` on native, if it can be.
 __attribute__((noinline)) void make_native(const Machine &m, NativeCode &native, const Uop *at) {
     CodePlace place = place_of(m, at);
     if (place.index >= 1024 || at->op == OP_NATIVE || at->op == OP_DECODE) return;
     NativeWriter w;
     if (!w.compile(place.words, place.index, at, entries_base(m, native), (u64)(uintptr_t)native.run)) return;
-    u64 bytes = (w.size + 15) & ~15ull;
-    if (__atomic_load_n(&native.used, __ATOMIC_RELAXED) + bytes > native.bytes) return;
-    u64 start = __atomic_fetch_add(&native.used, bytes, __ATOMIC_RELAXED);
-    if (start + bytes > native.bytes) return;
+    u32 start = native_place(m, native, place.page, (w.size + 15) & ~15u);
+    if (start == NO_PLACE) return;
     u32 *entries = native.entries + (((u64)(uintptr_t)at - m.pool->code_ptr) >> 3);
-    w.link((u32)start, entries);
+    w.link(start, entries);
     __builtin_memcpy(native.write + start, w.code, w.size);
-    for (u32 k = 0; k < w.length; k++) // handlers that native code leads to find their operands
-        if (at[k].op == OP_DECODE) put(at + k, w.uops[k]);
+    for (u32 k = 0; k < w.length; k++) { // handlers that native code leads to find their operands
+        const Uop &u = w.uops[k];
+        if (at[k].op == OP_DECODE) put(at + k, packed(u.op, u.rd, u.rs1, u.rs2, u.imm));
+    }
     for (u32 k = w.length; k-- > 0;) {
         if (!w.is_entry(k)) continue;
-        __atomic_store_n(entries + k, (u32)start + (k ? w.entry_at[k] : 0), __ATOMIC_RELAXED);
+        __atomic_store_n(entries + k, start + (k ? w.entry_at[k] : 0), __ATOMIC_RELAXED);
         __atomic_store_n((u8 *)&at[k].op, (u8)OP_NATIVE, __ATOMIC_RELEASE);
     }
 }

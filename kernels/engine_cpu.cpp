@@ -521,8 +521,10 @@ extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail,
     m.frames = (u8 *)(uintptr_t)pool->base_ptr;
     vm->engine_ptr = (u64)(uintptr_t)cpu;
 #if HAS_NATIVE
-    if (cpu->native)
-        cpu->entries_base = entries_base(m, *cpu->native), cpu->native_run = (u64)(uintptr_t)cpu->native->run;
+    if (NativeCode *native = cpu->native) {
+        cpu->entries_base = entries_base(m, *native), cpu->native_run = (u64)(uintptr_t)native->run;
+        make_room(m, *native);
+    }
 #endif
     u64 before = vm->hart.steps;
     flush(cpu);

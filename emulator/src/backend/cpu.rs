@@ -112,12 +112,6 @@ fn map_large(what: &'static str, bytes: usize) -> Result<Mapping, Error> {
     Mapping::large(bytes).map_err(|cause| Error::Host { what, bytes, cause })
 }
 
-/// Room for native code: of what all VMs run in common, the kernel, and of each VM's own.
-const NATIVE_BYTES_SHARED: usize = 4 << 20;
-const NATIVE_BYTES_PER_VM: usize = 256 << 10;
-/// Offsets into native code have 32 bits.
-const NATIVE_BYTES_MOST: usize = 1 << 30;
-
 impl CpuMachines {
     /// Sets up the VMs, none of them started. Memory is taken from the host as guests use it.
     pub fn new(config: Config) -> Result<Self, Error> {
@@ -135,7 +129,6 @@ impl CpuMachines {
         let code_of = map("the code table", frames as usize * 4)?;
         let code_frame = map("the code pages' frames", code_pages as usize * 4)?;
         let code = map_large("code pages", code_pages as usize * CODE_PAGE_BYTES as usize)?;
-        let native_bytes = NATIVE_BYTES_SHARED + vms as usize * NATIVE_BYTES_PER_VM;
         let pool = map("the pool", size_of::<Pool>())?;
         let inner = Inner {
             vms: map("the VMs", vms as usize * size_of::<Vm>())?,
@@ -145,10 +138,7 @@ impl CpuMachines {
             code_pages: (0..vms).map(|_| AtomicU32::new(0)).collect(),
             pool,
             code_of,
-            native: Native::new(
-                native_bytes.min(NATIVE_BYTES_MOST),
-                code_pages as usize * CODE_PAGE_BYTES as usize,
-            ),
+            native: Native::new(vms, code_pages as usize * CODE_PAGE_BYTES as usize),
             _memory: [base, ring, code_frame, code],
             shared,
             config,
@@ -301,6 +291,9 @@ impl Inner {
         }
         self.private_frames[vm as usize].store(0, Relaxed);
         self.code_pages[vm as usize].store(0, Relaxed);
+        if let Some(native) = &self.native {
+            native.reset(vm);
+        }
         Ok(())
     }
 

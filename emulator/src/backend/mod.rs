@@ -2,7 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
-mod native;
+pub(crate) mod native;
 pub mod nvrtc;
 pub mod start;
 

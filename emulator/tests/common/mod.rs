@@ -86,6 +86,13 @@ impl Bench {
         Self { machines, engine, by_step, time_mode: TIME_VIRTUAL, now_ticks: 0 }
     }
 
+    /// On an engine that makes code native after so many jumps; 0: never.
+    pub fn native_after(mut self, jumps: u8) -> Self {
+        self.machines.native_after(jumps);
+        self.engine = self.machines.engines().unwrap().remove(0);
+        self
+    }
+
     #[allow(clippy::mut_from_ref)]
     pub fn vm_of(&self, vm: u32) -> &mut Vm {
         // SAFETY: `slice_of` takes `&mut self`, and tests use the reference for single accesses in between.
