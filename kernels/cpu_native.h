@@ -131,7 +131,7 @@ class NativeWriter {
     bool ends(u32 k) const {
         u32 op = uops[k].op;
         bool jump = jumps_near(k) || op == OP_JAL_FAR || op == OP_JALR;
-        return op == OP_ILLEGAL || (jump && uops[k].rd == SINK);
+        return op <= OP_ILLEGAL || (jump && uops[k].rd == SINK);
     }
     bool runs_on(u32 k) const { return !ends(k) && !leaves(k) && !jumps_near(k); }
 
@@ -141,8 +141,7 @@ class NativeWriter {
             Uop u = unpacked(__atomic_load_n((const u64 *)(at + k), __ATOMIC_ACQUIRE));
             if (k && u.op == OP_NATIVE) break; // it has its code
             u.op = PAIR.first[u.op];
-            if (u.op == OP_DECODE || u.op == OP_NATIVE)
-                u = unpacked(decode_single(words[index + k], 4 * (index + k)));
+            if (u.op == OP_NATIVE) u = unpacked(decode_single(words[index + k], 4 * (index + k)));
             uops[k] = u;
             length = k + 1;
             if (u.op >= OP_BEQ && u.op <= OP_JAL && u.rd == SINK && (u32)target(k) > reach)
@@ -315,8 +314,11 @@ class NativeWriter {
     // Writes the code of the instruction at k, or of a run of words from there; returns how many those are.
     u32 instruction(u32 k) {
         const Uop &u = uops[k];
-        if ((targets | entries) >> k & 1) forget();
+        bool is_label = (targets | entries) >> k & 1;
+        if (is_label) forget();
         label[k] = size;
+        // What has never been reached is not compiled: it leads to its decoding.
+        if (u.op == OP_DECODE && k && uops[k - 1].op == OP_DECODE && !is_label) return 1;
         if (u.op == OP_JALR || u.op == OP_JAL_FAR) {
             far_jump(k);
             return 1;
@@ -628,10 +630,6 @@ __attribute__((noinline)) void make_native(const Machine &m, NativeCode &native,
     u32 *entries = native.entries + (((u64)(uintptr_t)at - m.pool->code_ptr) >> 3);
     w.link(start, entries);
     __builtin_memcpy(native.write + start, w.code, w.size);
-    for (u32 k = 0; k < w.length; k++) { // handlers that native code leads to find their operands
-        const Uop &u = w.uops[k];
-        if (at[k].op == OP_DECODE) put(at + k, packed(u.op, u.rd, u.rs1, u.rs2, u.imm));
-    }
     for (u32 k = w.length; k-- > 0;) {
         if (!w.is_entry(k)) continue;
         __atomic_store_n(entries + k, start + (k ? w.entry_at[k] : 0), __ATOMIC_RELAXED);
