@@ -71,9 +71,9 @@ fn random_loop(random: &mut Random, rounds: u32) -> Vec<u32> {
     program.push(SELF);
     let function = program.len();
     program.extend([addi(10, 10, 1), beq(10, 11, 8), xor(12, 12, 10), jalr(0, 1, 0)]);
-    for at in 0..function {
-        if program[at] == u32::MAX {
-            program[at] = jal(1, 4 * (function as i32 - at as i32));
+    for (at, insn) in program.iter_mut().enumerate() {
+        if *insn == u32::MAX {
+            *insn = jal(1, 4 * (function as i32 - at as i32));
         }
     }
     program
