@@ -22,7 +22,11 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         cli::Command::Fleet(args) => cli::fleet::run(args, started),
         cli::Command::Bench(args) => cli::bench::run(args),
+        cli::Command::Lockstep(args) => cli::lockstep::run(args),
+        cli::Command::Load(args) => cli::load::run(args),
+        #[cfg(unix)]
         cli::Command::Console(args) => cli::console::console(args),
+        #[cfg(unix)]
         cli::Command::Status(args) => cli::console::status(args),
     };
     match result {

@@ -125,7 +125,7 @@ fn tun() -> Check {
         verdict: Verdict::Good,
         what: "/dev/net/tun",
         found: if there { "there" } else { "not there" }.into(),
-        purpose: "nothing yet: the network needs no privileges (--net user)",
+        purpose: "--net tun, which needs CAP_NET_ADMIN; --net user needs neither",
     }
 }
 

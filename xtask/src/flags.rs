@@ -22,7 +22,7 @@ pub enum Command {
     /// Build a guest image: kernel, initrd, device tree and manifest.
     Image(ImageArgs),
     /// Boot a fleet and serve it until Ctrl-C, building first what is missing.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
@@ -67,6 +67,11 @@ pub struct ImageArgs {
     /// List profiles and overlays with their descriptions, and build nothing.
     #[arg(long)]
     pub list: bool,
+
+    /// Leave the host's ARP entry or all routes out, in all VMs or in VM N (docs/debugging-the-network.md); the image
+    /// lands in out/PROFILE-fault-NAME/.
+    #[arg(long, value_name = "arp|route[:N]")]
+    pub fault: Option<String>,
 }
 
 /// The builders on the command line.
@@ -108,9 +113,14 @@ pub struct RunArgs {
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), or not at all (off) [default: the profile's].
-    #[arg(long, value_parser = ["user", "off"])]
+    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), a network device that needs privileges (tun), or
+    /// not at all (off) [default: the profile's].
+    #[arg(long, value_parser = ["user", "tun", "off"])]
     pub net: Option<String>,
+
+    /// What the network allows, shows and breaks.
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// VM N's web server is reached at http://127.0.0.1:(BASE + N)/.
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
@@ -148,6 +158,36 @@ pub struct RunArgs {
     pub state_dir: Option<PathBuf>,
 }
 
+/// What the network allows, shows and breaks. The emulator checks the values.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkArgs {
+    /// Write all packets to a file for Wireshark, or only VM N's.
+    #[arg(long, value_name = "FILE[:N]")]
+    pub pcap: Option<String>,
+
+    /// Keep VMs from reaching one another [default: the profile's].
+    #[arg(long)]
+    pub isolate: bool,
+
+    /// Let VMs use a TCP service of this host, beside those of the profile: port HOST of 127.0.0.1, at port GUEST of
+    /// 10.77.0.1. May be repeated.
+    #[arg(long = "service", value_name = "HOST:GUEST")]
+    pub services: Vec<String>,
+
+    /// Packets a second that a VM may send, and get; 0: no limit [default: 100000].
+    #[arg(long, value_name = "K")]
+    pub rate_packets: Option<u64>,
+
+    /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit [default: 128M].
+    #[arg(long, value_name = "SIZE")]
+    pub rate_bytes: Option<String>,
+
+    /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
+    #[arg(long, value_name = "mac|arp|checksum|route[:N]")]
+    pub fault: Option<String>,
+}
+
 /// Which running fleet is meant.
 #[derive(Debug, Args)]
 pub struct FleetChoice {
@@ -175,6 +215,10 @@ pub struct ConsoleArgs {
 /// `cargo xtask status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
+    #[arg(value_name = "N")]
+    pub vm: Option<u32>,
+
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,

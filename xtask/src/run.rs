@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
 use crate::flags::{ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::image::fault::Fault;
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
 use crate::repo;
@@ -11,7 +12,9 @@ use crate::repo;
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
-    let image = image::ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    let fault = args.network.fault.as_deref().map(str::parse::<Fault>).transpose()?;
+    let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
+    let image = image::ensure(&root, &args.choice.profile, &options)?;
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
     let emulator = emulator::build(&root, show)?;
     let defaults = &image.manifest.defaults;
@@ -24,6 +27,7 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     give("backend", &args.backend);
     let net = match defaults.net {
         Net::User => "user",
+        Net::Tun => "tun",
         Net::Off => "off",
     };
     give("net", &args.net.as_deref().unwrap_or(net));
@@ -40,6 +44,23 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     if let Some(until) = &args.until {
         give("until", until);
     }
+    let network = &args.network;
+    for service in defaults.services.iter().chain(&network.services) {
+        give("service", service);
+    }
+    if let Some(packets) = network.rate_packets {
+        give("rate-packets", &packets);
+    }
+    let bridge_fault = network.fault.as_ref().filter(|_| fault.is_some_and(|fault| fault.bridge));
+    for (flag, value) in [
+        ("pcap", network.pcap.as_ref()),
+        ("rate-bytes", network.rate_bytes.as_ref()),
+        ("fault", bridge_fault),
+    ] {
+        if let Some(value) = value {
+            give(flag, value);
+        }
+    }
     if let Some(seed) = args.seed {
         give("seed", &seed);
     }
@@ -47,6 +68,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
         if let Some(path) = path {
             words.extend([flag.into(), path.into()]);
         }
+    }
+    if network.isolate || defaults.isolate {
+        words.push("--isolate".into());
     }
     if args.choice.quiet {
         words.push("--quiet".into());
@@ -61,7 +85,8 @@ pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
 
 /// `cargo xtask status`.
 pub fn status(args: &StatusArgs) -> miette::Result<()> {
-    attach(vec!["status".into()], &args.fleet)
+    let vm = args.vm.map(|vm| vm.to_string().into());
+    attach(["status".into()].into_iter().chain(vm).collect(), &args.fleet)
 }
 
 fn attach(mut words: Vec<OsString>, fleet: &FleetChoice) -> miette::Result<()> {

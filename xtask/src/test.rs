@@ -87,6 +87,11 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
         println!("note    the comparison with QEMU will be skipped: {why}");
     }
+    for (program, package) in [("ip", "iproute2"), ("curl", "curl")] {
+        if let Err(why) = tools.package(program, package) {
+            println!("note    the tests of --net tun will be skipped: {why}");
+        }
+    }
     let library = "nvidia/cu13/lib/libnvrtc.so.13";
     match tools.python(library, NVRTC) {
         Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),
@@ -102,7 +107,12 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
         tally.skip("the guest image and the fleet", "--no-guest was given");
         false
     } else {
-        image(&mut tally, &root)
+        // The debug images lie beside the lean one; tests that want one say so if it is missing.
+        let faults = [&[][..], &["--fault", "arp:1"], &["--fault", "route:1"]];
+        let lean = image(&mut tally, &root, &[]);
+        let debug = |fault: &&[&str]| image(&mut tally, &root, &[&["--profile", "debug"], *fault].concat());
+        let _all = lean && faults.iter().all(debug);
+        lean
     };
     if has_image {
         tests.env("GUEST_IMAGE", root.join("out/lean"));
@@ -122,6 +132,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if has_image {
         fleet(&mut tally, &root);
     }
+    windows(&mut tally, &root, &tools);
 
     for why in &tally.skipped {
         println!("skipped: {why}");
@@ -200,17 +211,18 @@ fn xtask(root: &Path) -> Command {
     command
 }
 
-/// Builds the lean image. Tests find it in the folder that the variable GUEST_IMAGE names.
-fn image(tally: &mut Tally, root: &Path) -> bool {
-    let (what, since) = ("cargo xtask image", Instant::now());
+/// Builds an image. Tests find the lean one in the folder that the variable GUEST_IMAGE names.
+fn image(tally: &mut Tally, root: &Path, args: &[&str]) -> bool {
+    let since = Instant::now();
+    let what = [&["cargo xtask image"], args].concat().join(" ");
     println!("run     {what} (10 to 15 minutes when nothing is cached)");
-    match xtask(root).arg("image").status() {
+    match xtask(root).arg("image").args(args).status() {
         Ok(status) if status.success() => {
-            tally.pass(what, since);
+            tally.pass(&what, since);
             return true;
         }
-        Ok(status) => tally.fail(what, status),
-        Err(error) => tally.fail(what, error),
+        Ok(status) => tally.fail(&what, status),
+        Err(error) => tally.fail(&what, error),
     }
     false
 }
@@ -231,6 +243,38 @@ fn fleet(tally: &mut Tally, root: &Path) {
             Err(error) => tally.fail("the fleet's report", error),
         }
     }
+}
+
+/// The emulator, checked and linked for Windows. Rustup's toolchain has no standard library for that, and may not be able
+/// to fetch one; the distribution's can build it from its sources.
+fn windows(tally: &mut Tally, root: &Path, tools: &Tools) {
+    const WHAT: &str = "the emulator for Windows";
+    const TARGET: &str = "x86_64-pc-windows-gnu";
+    let (rustc, cargo) = (Path::new("/usr/bin/rustc"), Path::new("/usr/bin/cargo"));
+    let needs = [
+        (rustc, "rustc-web"),
+        (cargo, "cargo-web"),
+        (Path::new("/usr/lib/rustlib/src/rust/library/std/Cargo.toml"), "rust-web-src"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-gcc"), "gcc-mingw-w64-x86-64"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-g++"), "g++-mingw-w64-x86-64"),
+    ];
+    for (file, package) in needs {
+        if let Err(why) = tools.file(file, package) {
+            return tally.skip(WHAT, why);
+        }
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let mut command = Command::new(cargo);
+    command.current_dir(root).args(["build", "--quiet", "--package", "emulator"]);
+    command.args(["-Zbuild-std", "--target", TARGET]);
+    // Cargo's own variables belong to the toolchain that runs this.
+    command
+        .env("RUSTC", rustc)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("CARGO");
+    command.env("RUSTFLAGS", "-Dwarnings").env("CARGO_TARGET_DIR", target.join("windows"));
+    check(tally, WHAT, command);
 }
 
 /// A range of ports of which the first and the last are free now.
@@ -265,8 +309,12 @@ impl Tools {
         if host::find(program).is_some() {
             return Ok(());
         }
+        self.install(package).map_err(|why| format!("{program} is not installed: {why}"))
+    }
+
+    fn install(&self, package: &str) -> Result<(), String> {
         if !self.install || !rustix::process::geteuid().is_root() {
-            return Err(format!("{program} is not installed; run: sudo apt-get install {package}"));
+            return Err(format!("run: sudo apt-get install {package}"));
         }
         println!("install {package}");
         let apt = |words: &[&str]| {
@@ -278,6 +326,15 @@ impl Tools {
         let install = ["install", "--no-install-recommends", package];
         // A fresh machine's lists are empty, an old one's out of date.
         apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+    }
+
+    /// A file of the system, from a package.
+    fn file(&self, file: &Path, package: &str) -> Result<(), String> {
+        if file.exists() {
+            return Ok(());
+        }
+        self.install(package).map_err(|why| format!("{} is not there: {why}", file.display()))?;
+        if file.exists() { Ok(()) } else { Err(format!("{package} has no {}", file.display())) }
     }
 
     /// A file of a package from PyPI, which is installed in a folder of ours.

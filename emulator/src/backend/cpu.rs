@@ -169,7 +169,14 @@ impl CpuMachines {
                 code_frame_ptr: code_frame.as_ptr() as u64,
                 code_ptr: code.as_ptr() as u64,
                 code_pages_per_vm: CODE_PAGES_PER_VM,
-                reserved: 0,
+                text_count: 0,
+                text_ptr: 0,
+                text_table_ptr: 0,
+                trace_ptr: 0,
+                text_capacity: 0,
+                text_slots: 0,
+                trace_capacity: 0,
+                trace_count: 0,
             });
         }
         for vm in 0..vms {

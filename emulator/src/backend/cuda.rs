@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::nvrtc::Compiler;
 use super::{Engine, EngineError, Machines, MemoryUse};
-use crate::abi::{CODE_PAGE_BYTES, FRAME_BYTES, Mailbox, Vm};
+use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, TRACE_BYTES, Vm};
 use crate::fleet::capacity::size;
 use crate::mailbox::MailboxRef;
 use crate::memory::{BootMemory, SharedFrames};
@@ -160,11 +160,11 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; {} registers, {} bytes of stack; {} for RAM, {} code pages a VM",
+                "; {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
-                plan.code_pages_per_vm,
+                plan.texts,
             );
             lines.push(line);
             lines.extend(code.cache_trouble.clone());
@@ -270,15 +270,16 @@ impl Machines for CudaMachines {
         let mut sum = MemoryUse::default();
         for device in &self.devices {
             let vms = device.range.len() as u64;
-            let (mut frames, mut code_pages) = (0, u64::from(self.shared_frames));
+            let mut frames = 0;
             for known in &device.known {
                 frames += u64::from(known.private_frames.load(Relaxed));
-                code_pages += u64::from(known.code_pages.load(Relaxed));
             }
             let fixed = (size_of::<Vm>() + size_of::<Mailbox>()) as u64 + u64::from(self.pages) * 4;
             sum.shared_bytes += u64::from(self.shared_frames) * frame;
             sum.private_bytes += frames * frame;
-            sum.overhead_bytes += vms * fixed + code_pages * u64::from(CODE_PAGE_BYTES);
+            let code = u64::from(device.plan.texts) * u64::from(TEXT_BYTES)
+                + u64::from(device.plan.traces()) * u64::from(TRACE_BYTES);
+            sum.overhead_bytes += vms * fixed + code;
         }
         sum
     }

@@ -5,6 +5,7 @@ pub mod cuda;
 pub(crate) mod native;
 pub mod nvrtc;
 pub mod start;
+pub mod stub;
 
 use std::ops::Range;
 

@@ -15,7 +15,7 @@ use super::{ConsoleArgs, StatusArgs, find_place};
 /// `emulator status`.
 pub fn status(args: &StatusArgs) -> Result<ExitCode> {
     let place = find_place(args.fleet.state_dir.as_ref(), args.fleet.port_base);
-    let text = client::status(&place).into_diagnostic()?;
+    let text = client::status(&place, args.vm).into_diagnostic()?;
     std::io::stdout().write_all(text.as_bytes()).into_diagnostic()?;
     Ok(ExitCode::SUCCESS)
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
+#[cfg(unix)]
 use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
@@ -16,14 +17,23 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::bridge::Bridge;
 use emulator::net::ports;
-use emulator::net::user::{Config as BridgeConfig, UserBridge};
+use emulator::net::rewrite::Ports;
+#[cfg(target_os = "linux")]
+use emulator::net::tun::TunBridge;
+use emulator::net::user::{Config as UserConfig, UserBridge};
+#[cfg(windows)]
+use emulator::net::windivert::WinDivertBridge;
 use emulator::report::{Failure, Report};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+#[cfg(unix)]
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::live::Live;
 use super::machines::Opened;
+use super::pcap::Pcap;
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
 
@@ -58,6 +68,7 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
 }
 
 /// The number of the signal that asked for the end, or 0. A second signal ends the program at once.
+#[cfg(unix)]
 fn watch_signals() -> Result<Arc<AtomicI32>> {
     let seen = Arc::new(AtomicI32::new(0));
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).into_diagnostic()?;
@@ -72,6 +83,28 @@ fn watch_signals() -> Result<Arc<AtomicI32>> {
             }
         })
         .into_diagnostic()?;
+    Ok(seen)
+}
+
+/// The number of the signal that asked for the end, or 0.
+#[cfg(not(unix))]
+fn watch_signals() -> Result<Arc<AtomicI32>> {
+    use std::sync::atomic::AtomicBool;
+    let seen = Arc::new(AtomicI32::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        let flag = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal, flag.clone()).into_diagnostic()?;
+        let seen = seen.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                while !flag.load(SeqCst) {
+                    std::thread::sleep(TICK);
+                }
+                seen.store(signal, SeqCst);
+            })
+            .into_diagnostic()?;
+    }
     Ok(seen)
 }
 
@@ -97,6 +130,8 @@ fn chain(error: &miette::Report) -> String {
 enum End {
     Done,
     Interrupted(i32),
+    /// The bridge has ended by itself.
+    Unbridged,
     Failed(miette::Report),
 }
 
@@ -105,39 +140,48 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         return Err(miette!("a fleet of 0 VMs has nothing to run: give --vms 1 or more"));
     }
     if args.until == Some(Until::Http) && args.net == NetMode::Off {
-        return Err(miette!("--until http asks the VMs through the bridge: it needs --net user"));
+        return Err(miette!(
+            "--until http asks the VMs through the bridge: it needs --net user or --net tun"
+        ));
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
-    let ports = BridgeConfig::new(args.port_base, args.vms);
-    if args.net == NetMode::User {
-        ports::check(&ports.ports).into_diagnostic()?;
+    let ports = UserConfig::new(args.port_base, args.vms).ports;
+    if args.net != NetMode::Off {
+        ports::check(&ports).into_diagnostic()?;
     }
     let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    let mut bridge = match args.net {
-        NetMode::Off => None,
-        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
+    let mut bridge = bind(args, ports)?;
+    let pcap = match (&args.network.pcap, &bridge) {
+        (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
+        (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
+        (None, _) => None,
     };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
         began: Instant::now(),
-        bridge: bridge.as_ref().map(|bridge| bridge.counters()),
+        bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
     });
+    #[cfg(unix)]
     let control = {
         let progress = progress.clone();
-        Control::serve(&claim, fleet.clone(), Box::new(move || progress.status()))
-            .into_diagnostic()
-            .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
+        Control::serve(
+            &claim,
+            fleet.clone(),
+            Box::new(move |vm| vm.map_or_else(|| progress.status(), |vm| progress.link(vm))),
+        )
+        .into_diagnostic()
+        .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
     };
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
@@ -154,12 +198,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.config().ports, deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
 
-    let end = wait_for_end(args, &progress, &claim, signal);
+    let end = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
@@ -167,8 +211,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         let _ = asking.join();
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
+    if let Some(pcap) = pcap {
+        pcap.finish();
+    }
     fleet.stop();
     *report = progress.report();
+    #[cfg(unix)]
     drop(control);
     match end {
         End::Failed(error) => {
@@ -181,6 +229,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         End::Interrupted(signal) if args.until.is_some() => {
             return Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(130)));
         }
+        End::Unbridged => {
+            bridge_end.into_diagnostic().wrap_err("the network has failed")?;
+            return Err(miette!("the network has failed"));
+        }
         End::Interrupted(_) | End::Done => {}
     }
     bridge_end.into_diagnostic()?;
@@ -188,6 +240,22 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes what the network needs of the host.
+fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
+    let policy = args.network.policy().map_err(|why| miette!("--service: {why}"))?;
+    Ok(match args.net {
+        NetMode::Off => None,
+        NetMode::User => {
+            let config = UserConfig::new(ports.base, ports.vms);
+            Some(Box::new(UserBridge::bind_with(config, policy).into_diagnostic()?))
+        }
+        #[cfg(target_os = "linux")]
+        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, policy).into_diagnostic()?)),
+        #[cfg(windows)]
+        NetMode::Windivert => Some(Box::new(WinDivertBridge::bind(ports, policy).into_diagnostic()?)),
+    })
 }
 
 fn make_fleet(
@@ -209,7 +277,13 @@ fn make_fleet(
     Ok(Fleet::new(machines, config, Some(logs)))
 }
 
-fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &AtomicI32) -> End {
+fn wait_for_end(
+    args: &FleetArgs,
+    progress: &Progress,
+    claim: &Claim,
+    bridge: Option<&dyn Bridge>,
+    signal: &AtomicI32,
+) -> End {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
     let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
@@ -227,6 +301,9 @@ fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &A
         match signal.load(SeqCst) {
             0 => {}
             signal => break End::Interrupted(signal),
+        }
+        if bridge.is_some_and(|bridge| bridge.has_failed()) {
+            break End::Unbridged;
         }
         if let Some(why) = fleet.fault() {
             break End::Failed(miette!("the machine failed: {why}"));
@@ -355,6 +432,10 @@ fn print_urls(args: &FleetArgs) {
         return;
     }
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
+    #[cfg(target_os = "linux")]
+    if args.net == NetMode::Tun {
+        say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
+    }
     if args.vms <= URLS {
         for vm in 0..args.vms {
             say(format_args!("VM {vm}: {}", url(vm)));

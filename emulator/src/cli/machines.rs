@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use emulator::abi::FRAME_BYTES;
 use emulator::backend::cpu::{self, CpuMachines};
 use emulator::backend::cuda::{self, CudaMachines};
+use emulator::backend::stub::{Page, StubMachines};
 use emulator::backend::{Machines, nvrtc};
 use emulator::fleet::capacity::{Capacity, available_memory, size};
 use emulator::guest::GuestImage;
@@ -52,6 +53,7 @@ pub fn boot(image: GuestImage) -> Arc<BootMemory> {
 pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(String)) -> Result<Opened> {
     match args.backend {
         Backend::Cpu => open_cpu(args, vms, boot, String::new(), warn),
+        Backend::Stub => open_stub(args, vms),
         Backend::Cuda => open_cuda(args, vms, boot, warn).map_err(cuda_error),
         Backend::Auto => match open_cuda(args, vms, Arc::clone(&boot), &warn) {
             Ok(opened) => Ok(Opened { choice: " (auto)".into(), ..opened }),
@@ -64,6 +66,22 @@ pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(S
             }
         },
     }
+}
+
+/// As many bytes as the guests' page has.
+const STUB_PAGE: usize = 180;
+
+fn open_stub(args: &MachineArgs, vms: u32) -> Result<Opened> {
+    let threads = threads(args, vms);
+    let machines = StubMachines::new(vms, threads, Page::new(STUB_PAGE)).into_diagnostic()?;
+    Ok(Opened {
+        machines: Arc::new(machines),
+        choice: String::new(),
+        notes: vec!["No guests run: stubs answer, to measure the network.".into()],
+        device: format!("{}, {threads} threads", processor()),
+        driver: None,
+        registers: None,
+    })
 }
 
 fn cuda_error(error: cuda::Error) -> Report {
@@ -120,7 +138,7 @@ fn open_cuda(
 }
 
 /// Python environments that `cargo xtask doctor` and `cargo xtask test` make for the compiler.
-fn compiler_environments() -> Vec<PathBuf> {
+pub fn compiler_environments() -> Vec<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     folder("NVRTC_ENVIRONMENT")

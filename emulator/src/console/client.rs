@@ -69,10 +69,11 @@ fn ask(place: &Place, hello: &str) -> Result<BufReader<UnixStream>, ClientError>
     }
 }
 
-/// The status document of the fleet.
-pub fn status(place: &Place) -> Result<String, ClientError> {
+/// The status document of the fleet, or the counters of one VM's link.
+pub fn status(place: &Place, vm: Option<u32>) -> Result<String, ClientError> {
     let mut text = String::new();
-    ask(place, "status\n")?.read_to_string(&mut text).map_err(io_error("reading the fleet's status"))?;
+    let hello = vm.map_or("status\n".to_owned(), |vm| format!("status {vm}\n"));
+    ask(place, &hello)?.read_to_string(&mut text).map_err(io_error("reading the fleet's status"))?;
     Ok(text)
 }
 

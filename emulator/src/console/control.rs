@@ -1,7 +1,7 @@
 //! The control socket of a running fleet: `status`, and raw consoles.
 //!
-//! The client sends one line, `status` or `console <n>`; the fleet answers `ok` or `error <why>` on one line. After a
-//! `status` a JSON document follows; after a `console` the socket is the VM's console, raw, both ways.
+//! The client sends one line, `status`, `status <n>` or `console <n>`; the fleet answers `ok` or `error <why>` on one
+//! line. After a `status` a JSON document follows, with a number the counters of that VM's link; after a `console` the socket is the VM's console, raw, both ways.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -22,8 +22,8 @@ const HELLO_BYTES: u64 = 64;
 /// How long a client may take for its first line, or to read what it is sent.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Answers with the status document.
-pub type StatusReport = Box<dyn Fn() -> String + Send + Sync>;
+/// Answers with the status document, or with the counters of one VM's link.
+pub type StatusReport = Box<dyn Fn(Option<u32>) -> String + Send + Sync>;
 
 /// The server; dropping it ends it and its connections.
 pub struct Control {
@@ -120,11 +120,15 @@ fn serve(shared: &Arc<Shared>, stream: &UnixStream) -> io::Result<()> {
     match (words.next(), words.next()) {
         (Some("status"), None) => {
             writer.write_all(b"ok\n")?;
-            writer.write_all((shared.status)().as_bytes())
+            writer.write_all((shared.status)(None).as_bytes())
         }
-        (Some("console"), Some(number)) => {
+        (Some(what @ ("console" | "status")), Some(number)) => {
             let vms = shared.fleet.vms();
             match number.parse::<u32>() {
+                Ok(vm) if vm < vms && what == "status" => {
+                    writer.write_all(b"ok\n")?;
+                    writer.write_all((shared.status)(Some(vm)).as_bytes())
+                }
                 Ok(vm) if vm < vms => {
                     writer.write_all(b"ok\n")?;
                     stream.set_read_timeout(None)?;
@@ -137,7 +141,7 @@ fn serve(shared: &Arc<Shared>, stream: &UnixStream) -> io::Result<()> {
                 ),
             }
         }
-        _ => writer.write_all(b"error expected 'status' or 'console <n>'\n"),
+        _ => writer.write_all(b"error expected 'status', 'status <n>' or 'console <n>'\n"),
     }
 }
 

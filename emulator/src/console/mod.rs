@@ -1,6 +1,8 @@
 //! Consoles: what guests print and are typed, their logs, and the socket through which people attach.
 
+#[cfg(unix)]
 pub mod client;
+#[cfg(unix)]
 pub mod control;
 pub mod hub;
 pub mod log;

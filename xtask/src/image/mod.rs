@@ -9,6 +9,7 @@ pub mod cpio;
 pub mod direct;
 pub mod dts;
 pub mod error;
+pub mod fault;
 pub mod init;
 pub mod kernel_image;
 pub mod manifest;
@@ -48,6 +49,8 @@ pub struct Options {
     pub builder: Option<BuilderName>,
     /// Say nothing unless something is wrong.
     pub quiet: bool,
+    /// Something to be missing in the guest.
+    pub fault: Option<fault::InitFault>,
 }
 
 /// An image that is there.
@@ -68,7 +71,7 @@ pub struct ImageDir {
 
 impl From<&ImageChoice> for Options {
     fn from(choice: &ImageChoice) -> Self {
-        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet }
+        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet, fault: None }
     }
 }
 
@@ -80,7 +83,16 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    let image = ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    let fault = args.fault.as_deref().map(str::parse::<fault::Fault>).transpose()?;
+    if fault.is_some_and(|fault| fault.init.is_none()) {
+        return Err(Error::plain(
+            "--fault: mac and checksum are faults of the network, not of an image",
+            "Give them to `cargo xtask run --fault`.",
+        )
+        .into());
+    }
+    let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
+    let image = ensure(&root, &args.choice.profile, &options)?;
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
     }
@@ -147,7 +159,7 @@ impl Plan {
             )?;
             overlays.push((name.clone(), overlay));
         }
-        let init = init::layer(&profile)?;
+        let init = init::layer(&profile, options.fault)?;
         layers.add(GENERATED, &init, &[], None)?;
         let template = dts::template(root)?;
         // With figures that fit: a broken template should not wait until the kernel is built.
@@ -159,6 +171,10 @@ impl Plan {
         let out = match ram == profile.ram.value {
             true => profile.name.clone(),
             false => format!("{}-{}", profile.name, ram.to_string().replace(' ', "")),
+        };
+        let out = match &options.fault {
+            None => out,
+            Some(fault) => format!("{out}-fault-{}", fault.name()),
         };
         Ok(Self { profile, builder, wanted, ram, overlays, init, template, out })
     }
