@@ -1,4 +1,5 @@
-//! Generates the C header of the ABI, with assertions of every size and offset, and compiles the CPU engine.
+//! Generates the C header of the ABI, with assertions of every size and offset, compiles the CPU engine, and embeds the
+//! page's terminal if it is in the cache.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -6,6 +7,8 @@ use std::path::PathBuf;
 #[path = "src/abi.rs"]
 #[allow(dead_code)]
 mod abi;
+#[path = "build/xterm.rs"]
+mod xterm;
 
 /// Appends `static_assert`s for each structure; a field missing from a list does not compile.
 macro_rules! layouts {
@@ -73,6 +76,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let kernels = PathBuf::from("../kernels");
     println!("cargo::rerun-if-changed=src/abi.rs");
     println!("cargo::rerun-if-changed=../kernels");
+
+    xterm::embed(&out)?;
 
     let config = cbindgen::Config {
         language: cbindgen::Language::Cxx,

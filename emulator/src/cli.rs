@@ -5,12 +5,13 @@ pub mod bench;
 pub mod console;
 pub mod fleet;
 pub mod live;
-pub mod lockstep;
 pub mod load;
+pub mod lockstep;
 mod machines;
 pub mod pcap;
 #[cfg_attr(not(unix), allow(dead_code, reason = "there is no control socket to ask"))]
 mod progress;
+mod web;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -22,6 +23,7 @@ use emulator::fleet::capacity::parse_size;
 use emulator::net::fault::Fault;
 use emulator::net::policy::{Policy, Service, Services};
 use emulator::net::rate::Limits;
+use emulator::web::bind::Choice as WebChoice;
 
 /// A fleet of RV32IMA Linux virtual machines in one GPU, or on the CPU.
 #[derive(Debug, Parser)]
@@ -49,6 +51,15 @@ pub enum Command {
     /// Print what a running fleet does, as JSON.
     #[cfg(unix)]
     Status(StatusArgs),
+    /// Keep VMs of a running fleet from running.
+    #[cfg(unix)]
+    Pause(ActArgs),
+    /// Let paused VMs go on.
+    #[cfg(unix)]
+    Resume(ActArgs),
+    /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    #[cfg(unix)]
+    Reset(ActArgs),
 }
 
 /// `emulator fleet`.
@@ -77,6 +88,12 @@ pub struct FleetArgs {
     /// VM N's web server is reached on port BASE + N of 127.0.0.1.
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
+
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token, which is printed,
+    /// or taken from the variable LINUX_ON_GPU_TOKEN.
+    #[arg(long, value_name = "ADDR|off")]
+    pub web: Option<WebChoice>,
 
     /// What the network allows, shows and breaks.
     #[command(flatten)]
@@ -361,6 +378,19 @@ pub struct StatusArgs {
     pub fleet: FleetChoice,
 }
 
+/// `emulator pause`, `resume` and `reset`.
+#[cfg(unix)]
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
 /// Where the VMs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
@@ -453,6 +483,7 @@ mod tests {
             ["--port-base", "70000"],
             ["--ram", "8X"],
             ["--vms", "-1"],
+            ["--web", "here"],
         ] {
             assert!(
                 Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(),

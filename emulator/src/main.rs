@@ -28,6 +28,12 @@ fn main() -> ExitCode {
         cli::Command::Console(args) => cli::console::console(args),
         #[cfg(unix)]
         cli::Command::Status(args) => cli::console::status(args),
+        #[cfg(unix)]
+        cli::Command::Pause(args) => cli::console::act(args, "pause"),
+        #[cfg(unix)]
+        cli::Command::Resume(args) => cli::console::act(args, "resume"),
+        #[cfg(unix)]
+        cli::Command::Reset(args) => cli::console::act(args, "reset"),
     };
     match result {
         Ok(code) => code,

@@ -32,7 +32,18 @@ struct Check {
 /// Prints all checks; fails if something is missing that `cargo xtask run` needs.
 pub fn command() -> miette::Result<()> {
     let root = repo::root()?;
-    let checks = [system(), cores(), memory(), disk(&root), compiler(), packages(), tun(), driver(), nvrtc()];
+    let checks = [
+        system(),
+        cores(),
+        memory(),
+        disk(&root),
+        compiler(),
+        packages(),
+        tun(),
+        terminal(),
+        driver(),
+        nvrtc(),
+    ];
     for check in &checks {
         let mark = match check.verdict {
             Verdict::Good => "ok     ",
@@ -126,6 +137,21 @@ fn tun() -> Check {
         what: "/dev/net/tun",
         found: if there { "there" } else { "not there" }.into(),
         purpose: "--net tun, which needs CAP_NET_ADMIN; --net user needs neither",
+    }
+}
+
+fn terminal() -> Check {
+    let found = host::find("npm");
+    let root = rustix::process::geteuid().is_root();
+    Check {
+        verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
+        what: "npm",
+        found: match found {
+            Some(path) => path.display().to_string(),
+            None if root => "the first run installs it".into(),
+            None => "none; sudo apt-get install npm".into(),
+        },
+        purpose: "getting the page's terminal, once; without it the page has none",
     }
 }
 

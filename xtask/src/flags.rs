@@ -27,6 +27,12 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
+    /// Keep VMs of a running fleet from running.
+    Pause(ActArgs),
+    /// Let paused VMs go on.
+    Resume(ActArgs),
+    /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    Reset(ActArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor,
     /// Run all checks and tests; installs what they need, and says what it skips and why.
@@ -126,6 +132,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
 
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token: docs/web.md.
+    #[arg(long, value_name = "ADDR|off", value_parser = web)]
+    pub web: Option<String>,
+
     /// Guest time after the boot: with the wall clock (real), or with executed instructions, jumping over idle times
     /// (virtual) [default: the profile's].
     #[arg(long, value_parser = ["real", "virtual"])]
@@ -224,6 +235,18 @@ pub struct StatusArgs {
     pub fleet: FleetChoice,
 }
 
+/// `cargo xtask pause`, `resume` and `reset`.
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
 /// `cargo xtask test`.
 #[derive(Debug, Args)]
 pub struct TestArgs {
@@ -242,6 +265,16 @@ pub struct TestArgs {
     /// Install nothing; skip the tests whose tools are missing.
     #[arg(long)]
     pub no_install: bool,
+}
+
+/// As `until`.
+fn web(text: &str) -> Result<String, String> {
+    use std::net::{IpAddr, SocketAddr};
+    let address = text.parse::<SocketAddr>().is_ok() || text.parse::<IpAddr>().is_ok();
+    if text == "off" || text.parse::<u16>().is_ok() || address {
+        return Ok(text.to_owned());
+    }
+    Err("expected off, a port, or an address as in 127.0.0.1:8080".to_owned())
 }
 
 /// The emulator reads the value; a mistake should not wait for it.

@@ -1,13 +1,14 @@
-//! `cargo xtask run`, `console` and `status`: an image, the emulator, and what the user said.
+//! `cargo xtask run`, `console`, `status`, `pause`, `resume` and `reset`: an image, the emulator, and what the user said.
 
 use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
-use crate::flags::{ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
 use crate::image::fault::Fault;
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
 use crate::repo;
+use crate::xterm;
 
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
@@ -16,6 +17,13 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
     let image = image::ensure(&root, &args.choice.profile, &options)?;
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
+    // A run that ends by itself serves no page unless it is told to.
+    let ends = matches!(args.until.as_deref(), Some("ready" | "http"));
+    if args.web.as_deref().map_or(!ends, |web| web != "off")
+        && let Err(why) = xterm::ensure(&root, true, args.choice.quiet)
+    {
+        eprintln!("The page will have no terminal; the rest of it works. {why}");
+    }
     let emulator = emulator::build(&root, show)?;
     let defaults = &image.manifest.defaults;
     let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), image.dir.into()];
@@ -40,6 +48,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     give("timeout", &args.timeout);
     if let Some(threads) = args.threads {
         give("threads", &threads);
+    }
+    if let Some(web) = &args.web {
+        give("web", web);
     }
     if let Some(until) = &args.until {
         give("until", until);
@@ -87,6 +98,11 @@ pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
 pub fn status(args: &StatusArgs) -> miette::Result<()> {
     let vm = args.vm.map(|vm| vm.to_string().into());
     attach(["status".into()].into_iter().chain(vm).collect(), &args.fleet)
+}
+
+/// `cargo xtask pause`, `resume` and `reset`.
+pub fn act(action: &str, args: &ActArgs) -> miette::Result<()> {
+    attach(vec![action.into(), args.vms.clone().into()], &args.fleet)
 }
 
 fn attach(mut words: Vec<OsString>, fleet: &FleetChoice) -> miette::Result<()> {

@@ -11,6 +11,7 @@ use crate::flags::TestArgs;
 use crate::image::cache::Cache;
 use crate::image::direct::host;
 use crate::repo;
+use crate::xterm;
 
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
@@ -69,7 +70,8 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let root = repo::root()?;
     let start = Instant::now();
     let mut tally = Tally::default();
-    let tools = Tools { install: !args.no_install, folder: Cache::open()?.root().join("test-tools") };
+    let tools =
+        Tools { install: !args.no_install, quiet: false, folder: Cache::open()?.root().join("test-tools") };
 
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -91,6 +93,14 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
         if let Err(why) = tools.package(program, package) {
             println!("note    the tests of --net tun will be skipped: {why}");
         }
+    }
+    if let Err(why) = tools.package("chromium", "chromium") {
+        println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
+    }
+    if let Err(why) = xterm::ensure(&root, tools.install, false) {
+        println!(
+            "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
+        );
     }
     let library = "nvidia/cu13/lib/libnvrtc.so.13";
     match tools.python(library, NVRTC) {
@@ -298,14 +308,18 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Programs and libraries that tests use.
-struct Tools {
-    install: bool,
-    folder: PathBuf,
+pub struct Tools {
+    /// What is missing may be installed.
+    pub install: bool,
+    /// Without saying so.
+    pub quiet: bool,
+    /// For packages from PyPI.
+    pub folder: PathBuf,
 }
 
 impl Tools {
     /// A program of the system, from a package.
-    fn package(&self, program: &str, package: &str) -> Result<(), String> {
+    pub fn package(&self, program: &str, package: &str) -> Result<(), String> {
         if host::find(program).is_some() {
             return Ok(());
         }
@@ -316,7 +330,9 @@ impl Tools {
         if !self.install || !rustix::process::geteuid().is_root() {
             return Err(format!("run: sudo apt-get install {package}"));
         }
-        println!("install {package}");
+        if !self.quiet {
+            println!("install {package}");
+        }
         let apt = |words: &[&str]| {
             let mut command = Command::new("apt-get");
             command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
@@ -385,7 +401,7 @@ fn executable(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// Runs a command; its last lines are the error.
-fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
+pub fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
     let name = command.get_program().to_owned();
     let say = |why: &dyn std::fmt::Display| format!("{}: {why}", OsString::from(&name).display());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -454,7 +470,7 @@ mod tests {
 
     #[test]
     fn what_is_not_installed_is_named() {
-        let tools = Tools { install: false, folder: "/nonexistent".into() };
+        let tools = Tools { install: false, quiet: false, folder: "/nonexistent".into() };
         assert!(
             tools
                 .package("lg-no-such-program", "lg-package")

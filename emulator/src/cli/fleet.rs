@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
-#[cfg(unix)]
-use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
 use emulator::fleet::capacity::size;
@@ -26,6 +24,7 @@ use emulator::net::user::{Config as UserConfig, UserBridge};
 #[cfg(windows)]
 use emulator::net::windivert::WinDivertBridge;
 use emulator::report::{Failure, Report};
+use emulator::web::Network;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 #[cfg(unix)]
 use signal_hook::consts::SIGHUP;
@@ -35,7 +34,7 @@ use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;
 use super::progress::Progress;
-use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
+use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
 /// How often signals and times are looked at when the fleet tells no news.
 const TICK: Duration = Duration::from_millis(100);
@@ -146,12 +145,15 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
+    let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
     let ports = UserConfig::new(args.port_base, args.vms).ports;
     if args.net != NetMode::Off {
         ports::check(&ports).into_diagnostic()?;
     }
+    // A page that can't be served is known before the machines are opened, too.
+    let page = web::bind(args)?;
     let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
@@ -172,20 +174,11 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
     });
-    #[cfg(unix)]
-    let control = {
-        let progress = progress.clone();
-        Control::serve(
-            &claim,
-            fleet.clone(),
-            Box::new(move |vm| vm.map_or_else(|| progress.status(), |vm| progress.link(vm))),
-        )
-        .into_diagnostic()
-        .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
-    };
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
+    let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
+    let server = web::serve(page, &claim, &progress, net, facts)?;
     fleet.start().into_diagnostic()?;
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
@@ -193,6 +186,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             say(format_args!("{note}"));
         }
         print_urls(args);
+        if let Some(url) = &server.url {
+            say(format_args!("All VMs on one page: {url}"));
+        }
         say(format_args!("Console logs: {}", claim.place.console().display()));
     }
     let asking = match (&progress.http, &bridge) {
@@ -216,8 +212,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     fleet.stop();
     *report = progress.report();
-    #[cfg(unix)]
-    drop(control);
+    drop(server);
     match end {
         End::Failed(error) => {
             // VMs that run but did not reach the goal are failures too.
@@ -286,7 +281,7 @@ fn wait_for_end(
 ) -> End {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
-    let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
+    let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
     let mut seen = 0;
     let end = loop {
         seen = fleet.wait(seen, TICK);
@@ -295,7 +290,7 @@ fn wait_for_end(
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
         }
         // With --until the error tells.
-        if args.until.is_none() && fleet.downs() != downs.told {
+        if args.until.is_none() && fleet.downs() != downs.known_down {
             downs.tell(fleet, claim);
         }
         match signal.load(SeqCst) {
@@ -399,14 +394,22 @@ fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::
 /// Tells which VMs have ended while the others go on.
 struct Downs {
     known: Vec<bool>,
+    /// Those of them that are true. A reset takes a VM from this list.
+    known_down: u32,
     told: u32,
 }
 
 impl Downs {
     fn tell(&mut self, fleet: &Fleet, claim: &Claim) {
         for vm in 0..fleet.vms() {
-            if !fleet.is_down(vm) || std::mem::replace(&mut self.known[vm as usize], true) {
-                continue;
+            let down = fleet.is_down(vm);
+            match (std::mem::replace(&mut self.known[vm as usize], down), down) {
+                (true, true) | (false, false) => continue,
+                (true, false) => {
+                    self.known_down -= 1;
+                    continue;
+                }
+                (false, true) => self.known_down += 1,
             }
             self.told += 1;
             let status = fleet.status(vm);

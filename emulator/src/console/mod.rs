@@ -2,8 +2,6 @@
 
 #[cfg(unix)]
 pub mod client;
-#[cfg(unix)]
-pub mod control;
 pub mod hub;
 pub mod log;
 pub mod place;
