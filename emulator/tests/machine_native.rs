@@ -89,7 +89,7 @@ fn native_code_does_as_decoded_code_and_single_steps() {
         let mut benches = [1, 2, 40, 0].map(|jumps| {
             let mut b = Bench::new(RAM, &[]).native_after(jumps);
             b.start(start, &program);
-            b.by_step = jumps == 0;
+            b.by = if jumps == 0 { By::Step } else { By::Threaded };
             b
         });
         let end = start + 4 * program.iter().position(|insn| *insn == SELF).unwrap() as u32;
