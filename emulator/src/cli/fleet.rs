@@ -30,6 +30,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use super::MAX_VMS;
 use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;

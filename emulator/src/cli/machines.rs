@@ -63,7 +63,7 @@ pub fn most_vms(args: &MachineArgs, boot: &BootMemory) -> Result<u32> {
     };
     let on_gpu = || cuda::most_vms(&args.gpus, boot, boot.ram_bytes / 100 * WRITTEN_PERCENT);
     match args.backend {
-        Backend::Cpu => on_cpu(),
+        Backend::Cpu | Backend::Stub => on_cpu(),
         Backend::Cuda => on_gpu().map_err(cuda_error),
         Backend::Auto => on_gpu().or_else(|_| on_cpu()),
     }
