@@ -63,14 +63,14 @@ pub enum Command {
 }
 
 /// `emulator fleet`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct FleetArgs {
     /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
     #[arg(long, value_name = "DIR")]
     pub image: PathBuf,
 
-    /// Number of VMs; they are numbered from 0.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    /// Number of VMs, which are numbered from 0; max: as many as memory and ports allow.
+    #[arg(long, value_name = "N|max", default_value = "16", value_parser = vm_count)]
     pub vms: u32,
 
     /// RAM of each VM, as in 16M [default: what the image was made for].
@@ -451,6 +451,16 @@ impl FromStr for Until {
                 .map(Self::Seconds)
                 .map_err(|_| "expected ready, http, or a number of seconds".into()),
         }
+    }
+}
+
+/// `--vms max`.
+pub const MAX_VMS: u32 = u32::MAX;
+
+fn vm_count(text: &str) -> Result<u32, String> {
+    match text {
+        "max" => Ok(MAX_VMS),
+        _ => text.parse().map_err(|_| "expected a number of VMs, or max".into()),
     }
 }
 

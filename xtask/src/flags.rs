@@ -113,13 +113,17 @@ pub struct RunArgs {
     #[command(flatten)]
     pub choice: ImageChoice,
 
-    /// Number of VMs; they are numbered from 0 [default: the profile's].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub vms: Option<u32>,
+    /// Number of VMs, which are numbered from 0; max: as many as memory and ports allow [default: the profile's].
+    #[arg(long, value_name = "N|max", value_parser = vm_count)]
+    pub vms: Option<String>,
 
     /// Where the VMs run; auto takes a GPU if there is one that this build can use.
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
+
+    /// GPUs that share the fleet, by their numbers, or all of them [default: 0].
+    #[arg(long, value_name = "N,N...|all")]
+    pub gpus: Option<String>,
 
     /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), a network device that needs privileges (tun), or
     /// not at all (off) [default: the profile's].
@@ -289,6 +293,16 @@ fn web(text: &str) -> Result<String, String> {
 }
 
 /// The emulator reads the value; a mistake should not wait for it.
+fn vm_count(text: &str) -> Result<String, String> {
+    match text {
+        "max" => Ok(text.into()),
+        _ => match text.parse::<u32>() {
+            Ok(1..) => Ok(text.into()),
+            _ => Err("expected a number of VMs from 1 on, or max".into()),
+        },
+    }
+}
+
 fn until(text: &str) -> Result<String, String> {
     let seconds = text.parse::<f64>().is_ok_and(|seconds| (0.0..=1e9).contains(&seconds));
     match text {

@@ -31,8 +31,14 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
         words.push(format!("--{flag}").into());
         words.push(value.to_string().into());
     };
-    give("vms", &args.vms.unwrap_or(defaults.vms));
+    match &args.vms {
+        Some(vms) => give("vms", vms),
+        None => give("vms", &defaults.vms),
+    }
     give("backend", &args.backend);
+    if let Some(gpus) = &args.gpus {
+        give("gpus", gpus);
+    }
     let net = match defaults.net {
         Net::User => "user",
         Net::Tun => "tun",

@@ -26,6 +26,7 @@ use crate::memory::{BootMemory, SharedFrames};
 use device::Device;
 use driver::{Context, Driver};
 use engine::CudaEngine;
+use plan::Demand;
 
 pub use driver::{CallError, OpenError, Resources};
 pub use error::Error;
@@ -101,33 +102,48 @@ pub struct CudaMachines {
     pages: u32,
 }
 
+/// The driver, the devices, and the bytes that are free on each.
+type Opened = (Driver, Vec<Arc<Context>>, Vec<u64>);
+
+fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
+    let driver = Driver::open()?;
+    let count = driver.devices()?;
+    let list = match gpus {
+        Gpus::All => (0..count).collect(),
+        Gpus::List(list) => list.clone(),
+    };
+    if let Some(&asked) = list.iter().find(|ordinal| **ordinal >= count).or(list.is_empty().then_some(&0)) {
+        return Err(Error::NoDevice { asked, count });
+    }
+    let mut contexts = Vec::new();
+    let mut free = Vec::new();
+    for ordinal in list {
+        let context = Context::open(&driver, ordinal)?;
+        let properties = context.properties();
+        if properties.capability < OLDEST {
+            let (name, capability) = (properties.name.clone(), properties.capability);
+            return Err(Error::TooOld { ordinal, name, capability });
+        }
+        free.push(context.memory()?.0);
+        contexts.push(context);
+    }
+    Ok((driver, contexts, free))
+}
+
+/// VMs that fit on the devices if each may write `written` bytes of its RAM.
+pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Error> {
+    let shared = SharedFrames::new(boot)?;
+    let demand = Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count };
+    let (_, _, free) = open_devices(gpus)?;
+    Ok(free.iter().map(|free| demand.most(*free, written)).sum())
+}
+
 impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
         let shared = SharedFrames::new(&config.boot)?;
-        let driver = Driver::open()?;
-        let count = driver.devices()?;
-        let list = match &config.gpus {
-            Gpus::All => (0..count).collect(),
-            Gpus::List(list) => list.clone(),
-        };
-        if let Some(&asked) = list.iter().find(|ordinal| **ordinal >= count).or(list.is_empty().then_some(&0))
-        {
-            return Err(Error::NoDevice { asked, count });
-        }
         let compiler = Compiler::find(&config.compilers)?;
-        let mut contexts = Vec::new();
-        let mut free = Vec::new();
-        for ordinal in list {
-            let context = Context::open(&driver, ordinal)?;
-            let properties = context.properties();
-            if properties.capability < OLDEST {
-                let (name, capability) = (properties.name.clone(), properties.capability);
-                return Err(Error::TooOld { ordinal, name, capability });
-            }
-            free.push(context.memory()?.0);
-            contexts.push(context);
-        }
+        let (driver, contexts, free) = open_devices(&config.gpus)?;
         let cache = cubin::cache_folder();
         let devices = contexts
             .into_iter()

@@ -30,6 +30,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
+use super::MAX_VMS;
 use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;
@@ -40,6 +41,8 @@ use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 const TICK: Duration = Duration::from_millis(100);
 /// URLs that are printed one by one.
 const URLS: u32 = 8;
+/// `--vms max` goes no further: the fleet's address space and the page are made for so many.
+const MOST_VMS: u32 = 32_768;
 /// VMs that an error describes with their consoles; so many more are named while serving.
 const SHOWN: usize = 3;
 const NAMED: u32 = 20;
@@ -50,6 +53,7 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
     if let Some(path) = &args.report {
         check_report_path(path)?;
     }
+    let args = &FleetArgs { vms: count(args)?, ..args.clone() };
     let mut report = Report::new(args.vms);
     let result = serve(args, started, &signal, &mut report);
     report.error = match &result {
@@ -105,6 +109,20 @@ fn watch_signals() -> Result<Arc<AtomicI32>> {
             .into_diagnostic()?;
     }
     Ok(seen)
+}
+
+/// The number of VMs, `max` worked out: what memory allows, and ports.
+fn count(args: &FleetArgs) -> Result<u32> {
+    if args.vms != MAX_VMS {
+        return Ok(args.vms);
+    }
+    let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
+    let memory = machines::most_vms(&args.machine, &machines::boot(image))?;
+    let ports = if args.net == NetMode::Off { u32::MAX } else { 65_536 - u32::from(args.port_base) };
+    match memory.min(ports).min(MOST_VMS) {
+        0 => Err(miette!("--vms max: not even one VM fits into the memory that is free")),
+        most => Ok(most),
+    }
 }
 
 /// Better now than after the run.

@@ -49,6 +49,26 @@ pub fn boot(image: GuestImage) -> Arc<BootMemory> {
     })
 }
 
+/// What a guest is taken to write when a fleet is to be as large as it can be, in percent of its RAM: a lean guest that
+/// serves has written 35.
+const WRITTEN_PERCENT: u64 = 38;
+
+/// As many VMs as there is memory for.
+pub fn most_vms(args: &MachineArgs, boot: &BootMemory) -> Result<u32> {
+    let on_cpu = || {
+        let available = available_memory().ok_or_else(|| {
+            miette!("--vms max: this machine does not tell how much memory is free; give a number")
+        })?;
+        Ok(u32::try_from(Capacity::new(boot.ram_bytes, available).fits()).unwrap_or(u32::MAX))
+    };
+    let on_gpu = || cuda::most_vms(&args.gpus, boot, boot.ram_bytes / 100 * WRITTEN_PERCENT);
+    match args.backend {
+        Backend::Cpu | Backend::Stub => on_cpu(),
+        Backend::Cuda => on_gpu().map_err(cuda_error),
+        Backend::Auto => on_gpu().or_else(|_| on_cpu()),
+    }
+}
+
 /// Opens the machines; `warn` is called with what the user should know.
 pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(String)) -> Result<Opened> {
     match args.backend {

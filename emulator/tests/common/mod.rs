@@ -109,8 +109,18 @@ impl Bench {
             seed: Some(7),
         };
         let machines = CpuMachines::new(config).unwrap();
+        // Soon, so that code runs in both ways. The variable MACHINE_NATIVE says when; 0: never.
+        let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
+        machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
         Self { machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
+    }
+
+    /// On an engine that makes code native after so many jumps; 0: never.
+    pub fn native_after(mut self, jumps: u8) -> Self {
+        self.machines.native_after(jumps);
+        self.engine = self.machines.engines().unwrap().remove(0);
+        self
     }
 
     #[allow(clippy::mut_from_ref)]

@@ -66,6 +66,22 @@ impl Demand {
         Err(DoesNotFit { fits })
     }
 
+    /// The most VMs of this kind, if each is to be able to write `written` bytes of its RAM.
+    pub fn most(&self, free: u64, written: u64) -> u32 {
+        let frames = written.div_ceil(u64::from(FRAME_BYTES));
+        let enough = |vms: u32| {
+            (Self { vms, ..*self })
+                .try_plan(free, None)
+                .is_some_and(|plan| u64::from(plan.private_frames) >= u64::from(vms) * frames)
+        };
+        let (mut fits, mut too_many) = (0, u32::MAX >> 8);
+        while too_many - fits > 1 {
+            let vms = fits + (too_many - fits) / 2;
+            if enough(vms) { fits = vms } else { too_many = vms }
+        }
+        fits
+    }
+
     fn try_plan(&self, free: u64, most_frames: Option<u32>) -> Option<Plan> {
         let (vms, pages) = (u64::from(self.vms), u64::from(self.pages));
         let usable = free - RESERVE_BYTES.min(free / 100 * RESERVE_PERCENT);
@@ -164,6 +180,16 @@ mod tests {
         assert!(demand(fits).plan(8 * GIB, None).is_ok());
         assert!(demand(fits + 1).plan(8 * GIB, None).is_err());
         assert_eq!(demand(1).plan(1 << 20, None), Err(DoesNotFit { fits: 0 }));
+    }
+
+    #[test]
+    fn as_many_as_can_write_so_much() {
+        let small = Demand { vms: 0, pages: 2048, shared_frames: 900 };
+        let most = small.most(78 * GIB, 3 << 20);
+        assert!((26_000..26_700).contains(&most), "{most}");
+        let plan = Demand { vms: most, ..small }.plan(78 * GIB, None).unwrap();
+        assert!(plan.private_frames >= most * 768);
+        assert_eq!(small.most(1 << 20, 3 << 20), 0);
     }
 
     #[test]
