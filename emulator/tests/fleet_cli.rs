@@ -242,6 +242,11 @@ fn bad_arguments_are_told_at_once() {
         (&["--ram", "1000001"], &["multiple of 4096"]),
         (&["--vms", "100000000"], &["addresses"]),
         (&["--vms", "20000", "--ram", "3G", "--backend", "cpu"], &[" fit ", "fewer --vms or less --ram"]),
+        (&["--vms", "2", "--pcap", "x.pcapng:2"], &["--pcap: there is no VM 2", "from 0 to 1"]),
+        (&["--vms", "2", "--pcap", "/nowhere/x.pcapng"], &["--pcap", "/nowhere/x.pcapng"]),
+        (&["--net", "off", "--pcap", "x.pcapng"], &["there are no packets"]),
+        (&["--vms", "2", "--fault", "mac:2"], &["--fault: there is no VM 2"]),
+        (&["--service", "1:5", "--service", "2:5"], &["two services for the guests' port 5"]),
         (&["--report", "/nowhere/report.json"], &["--report /nowhere/report.json"]),
     ] {
         let error = lab.error(args);

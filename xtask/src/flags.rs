@@ -27,6 +27,8 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
+    /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
+    Load(LoadArgs),
     /// Keep VMs of a running fleet from running.
     Pause(ActArgs),
     /// Let paused VMs go on.
@@ -237,6 +239,15 @@ pub struct StatusArgs {
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
+}
+
+/// `cargo xtask load`.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub struct LoadArgs {
+    /// Options of `emulator load`; --help lists them.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub options: Vec<std::ffi::OsString>,
 }
 
 /// `cargo xtask pause`, `resume` and `reset`.

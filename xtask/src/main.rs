@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::command(&args),
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
+        Command::Load(args) => run::load(args),
         Command::Pause(args) => run::act("pause", &args),
         Command::Resume(args) => run::act("resume", &args),
         Command::Reset(args) => run::act("reset", &args),

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
-use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, LoadArgs, RunArgs, StatusArgs};
 use crate::image::fault::Fault;
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
@@ -104,6 +104,13 @@ pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
 pub fn status(args: &StatusArgs) -> miette::Result<()> {
     let vm = args.vm.map(|vm| vm.to_string().into());
     attach(["status".into()].into_iter().chain(vm).collect(), &args.fleet)
+}
+
+/// `cargo xtask load`.
+pub fn load(args: LoadArgs) -> miette::Result<()> {
+    let emulator = emulator::build(&repo::root()?, Show::Errors)?;
+    let words = std::iter::once("load".into()).chain(args.options).collect();
+    Err(emulator::become_it(emulator, words).into())
 }
 
 /// `cargo xtask pause`, `resume` and `reset`.

@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "native code is made on Linux only"))]
 pub(crate) mod native;
 pub mod nvrtc;
 pub mod start;

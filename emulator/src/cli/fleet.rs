@@ -258,6 +258,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
 /// Takes what the network needs of the host.
 fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
     let policy = args.network.policy().map_err(|why| miette!("--service: {why}"))?;
+    if let Some(vm) = policy.fault.and_then(|fault| fault.vm).filter(|vm| *vm >= args.vms) {
+        return Err(miette!("--fault: there is no VM {vm}: the fleet has {}, numbered from 0", args.vms));
+    }
     Ok(match args.net {
         NetMode::Off => None,
         NetMode::User => {

@@ -4,7 +4,6 @@ use std::ptr::NonNull;
 
 /// Bytes before and behind each mapping that nobody may touch: what runs off its end stops instead of reaching what
 /// the system put next to it.
-#[cfg(unix)]
 const GUARD: usize = 64 << 10;
 /// Bytes of a large host page.
 const LARGE_PAGE: usize = 2 << 20;
@@ -70,6 +69,8 @@ impl Mapping {
         }
         #[cfg(not(unix))]
         {
+            // Large pages are for Linux; here a page's alignment will do.
+            let _ = alignment;
             let layout = std::alloc::Layout::from_size_align(bytes, 4096).map_err(std::io::Error::other)?;
             // SAFETY: the layout's size is not zero.
             let at = unsafe { std::alloc::alloc_zeroed(layout) };

@@ -124,36 +124,18 @@ pub fn check(ports: &Ports) -> Result<(), PortsError> {
 
 /// Binds one listener a VM on 127.0.0.1, VM 0's first.
 pub fn bind(ports: &Ports) -> Result<Vec<TcpListener>, PortsError> {
-    bind_each(ports, TcpListener::bind)
-}
-
-/// Takes the same ports without listening there, so that nobody else gets them.
-#[cfg(target_os = "linux")]
-pub fn reserve(ports: &Ports) -> Result<Vec<std::os::fd::OwnedFd>, PortsError> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_with};
-
-    bind_each(ports, |address| {
-        let family = AddressFamily::INET;
-        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
-        bind(&socket, &address)?;
-        Ok(socket)
-    })
-}
-
-fn bind_each<T>(ports: &Ports, bind: impl Fn(SocketAddr) -> io::Result<T>) -> Result<Vec<T>, PortsError> {
     check(ports)?;
-    let mut bound = Vec::with_capacity(ports.vms as usize);
+    let mut listeners = Vec::with_capacity(ports.vms as usize);
     for vm in 0..ports.vms {
         let Some(port) = ports.port_of(vm) else { break };
-        bound.push(bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(
-            |source| match source.kind() {
-                io::ErrorKind::AddrInUse => PortsError::Taken { port, vm, owner: owner_of(port) },
-                io::ErrorKind::PermissionDenied => PortsError::Denied { port, vm },
-                _ => PortsError::Io { port, vm, source },
-            },
-        )?);
+        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        listeners.push(listener.map_err(|source| match source.kind() {
+            io::ErrorKind::AddrInUse => PortsError::Taken { port, vm, owner: owner_of(port) },
+            io::ErrorKind::PermissionDenied => PortsError::Denied { port, vm },
+            _ => PortsError::Io { port, vm, source },
+        })?);
     }
-    Ok(bound)
+    Ok(listeners)
 }
 
 #[cfg(any(unix, test))]

@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mio::net::TcpListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use std::os::fd::AsRawFd;
@@ -34,8 +35,8 @@ pub struct TunBridge {
     ports: Ports,
     watch: Watch,
     policy: Policy,
-    /// Ours as long as the bridge stands, so that no other program gets them.
-    _reserved: Vec<OwnedFd>,
+    /// Ours as long as the bridge stands, so that no other program gets them. No packet reaches them.
+    _reserved: Vec<TcpListener>,
     device: Option<device::Device>,
     running: Option<(Capture, device::Routes)>,
 }
@@ -45,7 +46,7 @@ impl TunBridge {
     pub fn bind(ports: Ports, policy: Policy) -> Result<Self, Error> {
         ports::check(&ports)?;
         ports::allow_files(ports.vms, 0)?;
-        let reserved = ports::reserve(&ports)?;
+        let reserved = ports::bind(&ports)?;
         let device = device::Device::open(&ports)?;
         Ok(Self {
             ports,
