@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::buildroot::{self, Sources, Toolchain};
 use crate::image::profile::{BuilderName, Ram};
 
 /// Linux on GPU: builds guest images and runs fleets of them.
@@ -51,6 +52,78 @@ pub struct ImageChoice {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+
+    /// How Buildroot is used.
+    #[command(flatten)]
+    pub buildroot: BuildrootChoice,
+}
+
+/// Where Buildroot, its compiler and its sources come from. docs/buildroot.md explains them.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Buildroot")]
+pub struct BuildrootChoice {
+    /// A Buildroot tree, instead of the pinned release [also: $BUILDROOT_DIR].
+    #[arg(long = "buildroot", value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+
+    /// A site or folder that has the release and the sources, asked before all others.
+    #[arg(long, value_name = "URL|DIR")]
+    pub mirror: Option<String>,
+
+    /// Ask no network; what is missing is an error.
+    #[arg(long)]
+    pub offline: bool,
+
+    /// Where the cross compiler comes from: of the distribution's packages (minutes), or built by Buildroot (the
+    /// better part of an hour).
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = ToolchainWord::External)]
+    pub toolchain: ToolchainWord,
+
+    /// Where sources come from: their own sites, the distribution's source packages, or the first of these that can be
+    /// reached.
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = SourcesWord::Auto)]
+    pub sources: SourcesWord,
+}
+
+/// Toolchains on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum ToolchainWord {
+    /// The distribution's compiler.
+    #[default]
+    External,
+    /// Buildroot's own.
+    Internal,
+}
+
+/// Sources on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum SourcesWord {
+    /// The first that can be reached.
+    #[default]
+    Auto,
+    /// The released archives.
+    Release,
+    /// The distribution's source packages.
+    Distribution,
+}
+
+impl From<&BuildrootChoice> for buildroot::Options {
+    fn from(choice: &BuildrootChoice) -> Self {
+        Self {
+            dir: choice.dir.clone(),
+            mirror: choice.mirror.clone(),
+            offline: choice.offline,
+            toolchain: match choice.toolchain {
+                ToolchainWord::External => Toolchain::External,
+                ToolchainWord::Internal => Toolchain::Internal,
+            },
+            sources: match choice.sources {
+                SourcesWord::Auto => Sources::Auto,
+                SourcesWord::Release => Sources::Release,
+                SourcesWord::Distribution => Sources::Distribution,
+            },
+        }
+    }
 }
 
 /// `cargo xtask image`.
@@ -67,6 +140,10 @@ pub struct ImageArgs {
     /// List profiles and overlays with their descriptions, and build nothing.
     #[arg(long)]
     pub list: bool,
+
+    /// Write the files for Buildroot by hand (configs/, board/) from profiles, pieces and overlays, and build nothing.
+    #[arg(long)]
+    pub write_defconfigs: bool,
 }
 
 /// The builders on the command line.
@@ -74,7 +151,7 @@ pub struct ImageArgs {
 pub enum Builder {
     /// From the distribution's source packages.
     Direct,
-    /// By Buildroot (not in this release).
+    /// By Buildroot.
     Buildroot,
 }
 

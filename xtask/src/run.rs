@@ -11,7 +11,9 @@ use crate::repo;
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
-    let image = image::ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    // An image that is there is good, whoever built it.
+    let options = Options { keep: true, ..Options::from(&args.choice) };
+    let image = image::ensure(&root, &args.choice.profile, &options)?;
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
     let emulator = emulator::build(&root, show)?;
     let defaults = &image.manifest.defaults;

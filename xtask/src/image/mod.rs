@@ -4,6 +4,7 @@
 //! the generated /init, the device tree and the manifest, takes well under a second and is made anew each time, so
 //! there is no cache that could be out of date.
 
+pub mod buildroot;
 pub mod cache;
 pub mod cpio;
 pub mod direct;
@@ -48,6 +49,10 @@ pub struct Options {
     pub builder: Option<BuilderName>,
     /// Say nothing unless something is wrong.
     pub quiet: bool,
+    /// What was said about Buildroot.
+    pub buildroot: buildroot::Options,
+    /// Keep to the builder of the image that is there.
+    pub keep: bool,
 }
 
 /// An image that is there.
@@ -68,7 +73,13 @@ pub struct ImageDir {
 
 impl From<&ImageChoice> for Options {
     fn from(choice: &ImageChoice) -> Self {
-        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet }
+        Self {
+            ram: choice.ram,
+            builder: choice.builder.map(Into::into),
+            quiet: choice.quiet,
+            buildroot: (&choice.buildroot).into(),
+            keep: false,
+        }
     }
 }
 
@@ -77,6 +88,15 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
     let root = repo::root()?;
     if args.list {
         list(&root)?;
+        return Ok(());
+    }
+    if args.write_defconfigs {
+        for path in buildroot::write::write(&root)? {
+            say(&format!("written: {}", path.display()));
+        }
+        if let Some((tree, _)) = buildroot::release::given(args.choice.buildroot.dir.as_deref())? {
+            buildroot::write::record(&root, &tree)?;
+        }
         return Ok(());
     }
     let start = Instant::now();
@@ -97,15 +117,15 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
     }
     let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
     let cache = Cache::open()?;
-    let parts = plan.wanted.build(root, &cache, options.quiet)?;
-    let image = plan.assemble(&parts)?;
+    let builder = plan.builder(root, &cache, options)?;
+    let parts = plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot)?;
+    let image = plan.assemble(&parts, builder)?;
     image.store(root, &cache)
 }
 
 /// Everything about an image that can be known, and be wrong, before anything is built.
 struct Plan {
     profile: Profile,
-    builder: BuilderName,
     wanted: Wanted,
     ram: Ram,
     /// Each with the place where the profile names it.
@@ -126,13 +146,6 @@ struct Assembled {
 
 impl Plan {
     fn new(root: &Path, profile: Profile, options: &Options) -> Result<Self, Error> {
-        let builder = options.builder.unwrap_or(profile.builder);
-        if builder == BuilderName::Buildroot {
-            return Err(Error::plain(
-                "the builder `buildroot` is not in this release",
-                "Use `--builder direct`, the default: it makes the same guest from the distribution's source packages.",
-            ));
-        }
         let wanted = Wanted::find(root, &profile)?;
         let ram = options.ram.unwrap_or(profile.ram.value);
         let mut overlays = Vec::new();
@@ -160,11 +173,31 @@ impl Plan {
             true => profile.name.clone(),
             false => format!("{}-{}", profile.name, ram.to_string().replace(' ', "")),
         };
-        Ok(Self { profile, builder, wanted, ram, overlays, init, template, out })
+        Ok(Self { profile, wanted, ram, overlays, init, template, out })
+    }
+
+    /// Who builds: what the command line says, else the profile, else who built what is there (if that is to be kept),
+    /// else whoever can, which is said.
+    fn builder(&self, root: &Path, cache: &Cache, options: &Options) -> Result<BuilderName, Error> {
+        if let Some(builder) = options.builder.or(self.profile.builder) {
+            return Ok(builder);
+        }
+        let there = root.join("out").join(&self.out).join("manifest.json");
+        if let (true, Ok(bytes)) = (options.keep, std::fs::read(&there))
+            && let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes)
+        {
+            return Ok(manifest.builder);
+        }
+        let request = self.wanted.request(root, cache, options.quiet, &options.buildroot);
+        let choice = buildroot::choice::choose(&request)?;
+        if !options.quiet {
+            eprintln!("{}", choice.line);
+        }
+        Ok(choice.builder)
     }
 
     /// Lays the overlays and the generated files over the builder's parts.
-    fn assemble(self, parts: &Parts) -> Result<Assembled, Error> {
+    fn assemble(self, parts: &Parts, builder: BuilderName) -> Result<Assembled, Error> {
         let kernel = kernel_image::check(&parts.image).map_err(|e| {
             Error::plain(
                 format!("{}: the kernel cannot be used: {e}", parts.image_path.display()),
@@ -220,7 +253,7 @@ impl Plan {
         ]);
         let sums: BTreeMap<String, FileSum> =
             files.iter().map(|(n, b)| (n.clone(), FileSum::of(b))).collect();
-        let manifest = Manifest::new(&self.profile, self.builder, layout, sums, inputs)?;
+        let manifest = Manifest::new(&self.profile, builder, layout, sums, inputs)?;
         files.insert("manifest.json".to_owned(), manifest.to_json()?);
         Ok(Assembled { profile: self.profile, manifest, files, out: self.out })
     }

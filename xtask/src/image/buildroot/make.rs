@@ -1,0 +1,108 @@
+//! Running Buildroot's `make`.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::super::direct::kconfig;
+use super::super::error::Error;
+use super::super::step::Step;
+use super::config::Defconfig;
+use super::machine;
+use super::release::Tree;
+use super::timing::Timing;
+
+/// An output folder, and how to call `make` for it.
+#[derive(Debug)]
+pub struct Make {
+    /// Buildroot.
+    pub tree: Tree,
+    /// The folder.
+    pub output: PathBuf,
+    /// Our tree.
+    pub external: PathBuf,
+    environment: Vec<(OsString, OsString)>,
+}
+
+impl Make {
+    /// Makes the folder if need be.
+    pub fn new(tree: &Tree, output: &Path, external: &Path) -> Result<Self, Error> {
+        let home = output.join("lg/home");
+        fs::create_dir_all(&home).map_err(|e| Error::io("make the folder", &home, e))?;
+        Ok(Self {
+            tree: tree.clone(),
+            output: output.to_owned(),
+            external: external.to_owned(),
+            environment: machine::environment(&home),
+        })
+    }
+
+    /// `make` with these words. Files get the mode that Buildroot insists on.
+    pub fn expression(&self, words: &[&str]) -> duct::Expression {
+        let mut all: Vec<OsString> =
+            ["-c", "umask 022; exec make \"$@\"", "make", "-C"].map(OsString::from).to_vec();
+        all.push(self.tree.folder.clone().into());
+        for (name, path) in [("O", &self.output), ("BR2_EXTERNAL", &self.external)] {
+            let mut word = OsString::from(format!("{name}="));
+            word.push(path);
+            all.push(word);
+        }
+        all.extend(words.iter().map(OsString::from));
+        duct::cmd("sh", all).full_env(self.environment.iter().cloned())
+    }
+
+    /// Writes the configuration, and checks that all of it survived.
+    pub fn configure(&self, step: &Step, defconfig: &Defconfig) -> Result<(), Error> {
+        let path = self.output.join("lg/defconfig");
+        let text = defconfig.text();
+        super::super::cache::write_if_changed(&path, text.as_bytes())?;
+        let named = format!("BR2_DEFCONFIG={}", path.display());
+        step.run("configure", self.expression(&[&named, "defconfig"]))?;
+        let config = self.output.join(".config");
+        let text = fs::read_to_string(&config).map_err(|e| Error::io("read", &config, e))?;
+        kconfig::check(&format!("Buildroot {}", self.tree.version), &defconfig.settings()?, &text)
+    }
+
+    /// What the configuration would build, and of which files.
+    pub fn show_info(&self, step: &Step) -> Result<String, Error> {
+        step.read("list the packages", self.expression(&["-s", "--no-print-directory", "show-info"]))
+    }
+
+    /// Builds; a failure names package and step.
+    pub fn build(&self, step: &Step, words: &[&str], timing: &Timing) -> Result<(), Error> {
+        let result = step.watch("build", self.expression(words), &|| timing.tell());
+        result.map_err(|error| self.failure(error, step, timing))
+    }
+
+    fn failure(&self, error: Error, step: &Step, timing: &Timing) -> Error {
+        let Error::Plain { what, help } = error else { return error };
+        let text = fs::read(step.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let place = match timing.state().current {
+            Some((package, step)) => format!("package {package}, step {step}: "),
+            None => String::new(),
+        };
+        // What went wrong is often far above the last line.
+        let first = first_error(&text).map(|l| format!("\n  first error: {l}")).unwrap_or_default();
+        Error::Plain { what: format!("{place}{what}{first}"), help }
+    }
+}
+
+/// The first line of a log that a compiler, a linker or one of our checks calls an error.
+fn first_error(log: &str) -> Option<&str> {
+    let marks =
+        [": error: ", ": fatal error: ", "undefined reference to", "ERROR: ", "did not survive", "has wrong"];
+    log.lines().find(|l| marks.iter().any(|m| l.contains(m))).map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_error_is_found_above_the_last_lines() {
+        let log = "CC a.o\na.c:3:1: error: expected x\nmake[2]: *** [a.o] Error 1\nb.c:1: error: y\n";
+        assert_eq!(first_error(log), Some("a.c:3:1: error: expected x"));
+        assert_eq!(first_error("fine\n"), None);
+    }
+}
