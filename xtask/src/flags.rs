@@ -141,6 +141,18 @@ pub struct ImageArgs {
     #[arg(long)]
     pub list: bool,
 
+    /// Write what takes how much room, as a table and a picture (builder buildroot).
+    #[arg(long)]
+    pub graph_size: bool,
+
+    /// Write a bill of materials in CycloneDX' format (builder buildroot).
+    #[arg(long)]
+    pub sbom: bool,
+
+    /// Write licence texts and sources of all that is in the image (builder buildroot).
+    #[arg(long)]
+    pub legal_info: bool,
+
     /// Write the files for Buildroot by hand (configs/, board/) from profiles, pieces and overlays, and build nothing.
     #[arg(long)]
     pub write_defconfigs: bool,
@@ -176,6 +188,10 @@ pub struct RunArgs {
     /// Which image.
     #[command(flatten)]
     pub choice: ImageChoice,
+
+    /// Run the image in this folder, built here or elsewhere, and build nothing.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["profile", "ram", "builder"])]
+    pub image: Option<PathBuf>,
 
     /// Number of VMs; they are numbered from 0 [default: the profile's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

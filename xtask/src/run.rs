@@ -11,13 +11,19 @@ use crate::repo;
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
-    // An image that is there is good, whoever built it.
-    let options = Options { keep: true, ..Options::from(&args.choice) };
-    let image = image::ensure(&root, &args.choice.profile, &options)?;
+    let (folder, manifest) = match &args.image {
+        Some(dir) => image::given(dir)?,
+        None => {
+            // An image that is there is good, whoever built it.
+            let options = Options { keep: true, ..Options::from(&args.choice) };
+            let image = image::ensure(&root, &args.choice.profile, &options)?;
+            (image.dir, image.manifest)
+        }
+    };
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
     let emulator = emulator::build(&root, show)?;
-    let defaults = &image.manifest.defaults;
-    let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), image.dir.into()];
+    let defaults = &manifest.defaults;
+    let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), folder.into()];
     let mut give = |flag: &str, value: &dyn std::fmt::Display| {
         words.push(format!("--{flag}").into());
         words.push(value.to_string().into());

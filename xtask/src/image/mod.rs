@@ -100,9 +100,41 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    let image = ensure(&root, &args.choice.profile, &Options::from(&args.choice))?;
+    let options = Options::from(&args.choice);
+    let image = ensure(&root, &args.choice.profile, &options)?;
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
+    }
+    if args.graph_size || args.sbom || args.legal_info {
+        report(&root, &image, args, &options)?;
+    }
+    Ok(())
+}
+
+/// Files about an image that Buildroot made.
+fn report(root: &Path, image: &ImageDir, args: &ImageArgs, options: &Options) -> Result<(), Error> {
+    if image.manifest.builder != BuilderName::Buildroot {
+        return Err(Error::plain(
+            "--graph-size, --sbom and --legal-info tell what Buildroot knows, and this image is the direct builder's",
+            "Add `--builder buildroot`. What an image of either builder was made of is in its manifest.json.",
+        ));
+    }
+    let cache = Cache::open()?;
+    let wanted = Wanted::find(root, &image.profile)?;
+    let request = wanted.request(root, &cache, options.quiet, &options.buildroot);
+    let report = buildroot::report::Report::open(&request)?;
+    let mut written = Vec::new();
+    if args.graph_size {
+        written.push(report.sizes(&image.out, &image.manifest)?);
+    }
+    if args.sbom {
+        written.push(report.sbom(&image.out, &image.manifest)?);
+    }
+    if args.legal_info {
+        written.push(report.legal(&image.out)?);
+    }
+    for path in written {
+        say(&format!("written: {}", path.strip_prefix(root).unwrap_or(&path).display()));
     }
     Ok(())
 }
@@ -112,7 +144,8 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
     if !cfg!(target_os = "linux") {
         return Err(Error::plain(
             "guest images can be built on Linux only",
-            "Build it on a Debian 12 or 13 machine and copy the folder out/PROFILE here.",
+            "Build it on a Debian 12 or 13 machine, in a container or in WSL, copy the folder out/PROFILE here, and use \
+             `cargo xtask run --image DIR`.",
         ));
     }
     let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
@@ -121,6 +154,32 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
     let parts = plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot)?;
     let image = plan.assemble(&parts, builder)?;
     image.store(root, &cache)
+}
+
+/// An image in a folder that was built here or elsewhere: its folder, and its manifest. All files are as the manifest
+/// says.
+pub fn given(dir: &Path) -> Result<(PathBuf, Manifest), Error> {
+    let wrong = |what: String| {
+        Error::plain(
+            format!("{} holds no image: {what}", dir.display()),
+            "Name a folder that `cargo xtask image` has filled, as out/lean: with Image, initrd.cpio, vm.dtb and \
+             manifest.json.",
+        )
+    };
+    let dir = dir.canonicalize().map_err(|e| wrong(e.to_string()))?;
+    let bytes = std::fs::read(dir.join("manifest.json")).map_err(|e| wrong(format!("manifest.json: {e}")))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|e| wrong(format!("manifest.json: {e}")))?;
+    if manifest.schema != manifest::SCHEMA {
+        return Err(wrong(format!("its manifest has format {}, not {}", manifest.schema, manifest::SCHEMA)));
+    }
+    for (name, sum) in &manifest.files {
+        let bytes = std::fs::read(dir.join(name)).map_err(|e| wrong(format!("{name}: {e}")))?;
+        if FileSum::of(&bytes) != *sum {
+            return Err(wrong(format!("{name} is not the file that manifest.json speaks of")));
+        }
+    }
+    Ok((dir, manifest))
 }
 
 /// Everything about an image that can be known, and be wrong, before anything is built.

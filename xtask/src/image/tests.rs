@@ -587,3 +587,20 @@ fn a_kernel_that_is_none_is_refused() {
         says(&said, &["kernel/Image: the kernel cannot be used", word]);
     }
 }
+
+// Images from elsewhere.
+
+#[test]
+fn an_image_from_elsewhere_is_checked() {
+    let repo = Repo::new();
+    repo.profile("");
+    let cache = tempfile::tempdir().unwrap();
+    let made = repo.assemble().unwrap().store(repo.root(), &Cache::at(cache.path())).unwrap();
+    let (dir, manifest) = given(&made.out).unwrap();
+    assert_eq!((dir, manifest.hash), (made.out.canonicalize().unwrap(), made.manifest.hash));
+    std::fs::write(made.out.join("vm.dtb"), "other").unwrap();
+    says(&shown(given(&made.out).unwrap_err()), &["vm.dtb is not the file", "cargo xtask image"]);
+    std::fs::remove_file(made.out.join("initrd.cpio")).unwrap();
+    says(&shown(given(&made.out).unwrap_err()), &["initrd.cpio"]);
+    says(&shown(given(repo.root()).unwrap_err()), &["holds no image", "manifest.json"]);
+}

@@ -12,6 +12,7 @@ mod make;
 mod plan;
 mod prepare;
 pub mod release;
+pub mod report;
 mod route;
 mod sources;
 mod timing;

@@ -22,6 +22,9 @@ use super::release::{self, Tree};
 use super::route::{Inputs, Route};
 use super::sources::{self, Asked, HEADERS, Replaced, Sources};
 
+/// What Buildroot told about its packages, in the output folder.
+pub const SHOW_INFO: &str = "lg/show-info.json";
+
 /// The kinds of sources to be tried, in this order: first the one that the output folder has.
 pub fn wanted_sources(request: &Request) -> Vec<Sources> {
     match request.options.sources {
@@ -138,6 +141,7 @@ impl Attempt<'_> {
             make.show_info(step)
         })?;
         let all = sources::parse(&info)?;
+        super::super::cache::write_if_changed(&output.join(SHOW_INFO), info.as_bytes())?;
         let missing = sources::missing(
             &all,
             |package| self.table.contains_key(package) || replaced.trees.contains_key(package),

@@ -55,6 +55,11 @@ impl Shared {
         wants.iter().any(|w| self.archive.may_need_pip(w))
     }
 
+    /// The files of what was taken, if they are there.
+    pub fn find(&self, want: &Want) -> Result<Option<PathBuf>, Error> {
+        self.archive.find(want)
+    }
+
     /// Gets a want's files.
     pub fn get(&mut self, progress: &mut Progress, want: &Want) -> Result<PathBuf, Error> {
         self.archive.get(progress, &self.logs, want)
