@@ -73,6 +73,11 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
+    /// Whether nothing can be done without the distribution's packages.
+    fn needs_distribution(&self) -> bool {
+        self.options.toolchain == Toolchain::External || self.options.sources == Sources::Distribution
+    }
+
     /// The builder's folder in the cache.
     fn folder(&self) -> PathBuf {
         self.cache.join("buildroot")
@@ -114,15 +119,23 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     progress.expect(6);
     let table = machine::table(request.repo)?;
     let logs = folder.join("logs");
-    prepare::install(request, &table, &mut progress, &logs)?;
+    let mut shared = match Shared::open(request.cache) {
+        Ok(shared) => Some(shared),
+        Err(error) if request.needs_distribution() => return Err(error),
+        Err(_) => None,
+    };
+    prepare::install(request, &table, shared.as_ref(), &mut progress, &logs)?;
     let tree = match origin {
         Origin::Given(tree, _) | Origin::Cached(tree) => tree,
         Origin::Download => release::download(request, &folder, &pin, &mut progress)?,
     };
-    let mut shared = Shared::open(request.cache)?;
     let plan = {
-        let _other = shared.lock(&progress)?;
-        prepare::settle(request, &tree, &mut shared, &store, &table, &mut progress)?
+        let _other = shared.as_ref().map(|s| s.lock(&progress)).transpose()?;
+        // The other build may have recorded something.
+        if shared.is_some() {
+            shared = Some(Shared::open(request.cache)?);
+        }
+        prepare::settle(request, &tree, shared.as_mut(), &store, &table, &mut progress)?
     };
     if let Some(built) = plan.find(&store)? {
         return Ok(built);
@@ -230,3 +243,6 @@ fn refused(what: &str, why: &str) -> Error {
         "Look for -march in its package's flags, or for a library that came from elsewhere.",
     )
 }
+
+#[cfg(test)]
+mod tests;

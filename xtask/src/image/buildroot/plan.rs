@@ -113,6 +113,9 @@ impl Plan {
                     return Ok(None);
                 };
                 recipe.add("source", &taken.summary());
+                if !package.info.patched {
+                    recipe.add("patched", "no");
+                }
                 add_taken(&mut inputs, taken);
             }
             if package.folder.join("Config.in").is_file() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::super::direct::apt::Want;
-use super::super::direct::make::{only_file, unpack_source};
+use super::super::direct::make::{only_file, unpack_source, unpack_upstream};
 use super::super::direct::share::Shared;
 use super::super::direct::store::{Recipe, Store};
 use super::super::direct::{host, package};
@@ -37,16 +37,19 @@ pub fn wanted_sources(request: &Request) -> Vec<Sources> {
 }
 
 /// Sees to the programs that a build needs.
-pub fn install(request: &Request, table: &Table, progress: &mut Progress, logs: &Path) -> Result<(), Error> {
+pub fn install(
+    request: &Request,
+    table: &Table,
+    shared: Option<&Shared>,
+    progress: &mut Progress,
+    logs: &Path,
+) -> Result<(), Error> {
     let mut needs = machine::needs(table);
-    for package in package::closure(request.repo, request.packages)? {
-        needs.extend(package.info.host.iter().map(|(a, b)| (a.clone(), b.clone())));
+    let mut pip = false;
+    if let (Toolchain::External, Some(shared)) = (request.options.toolchain, shared) {
+        needs = host::needs(&needs);
+        pip = shared.may_need_pip(&[Want::Linux, Want::Musl]);
     }
-    let external = request.options.toolchain == Toolchain::External;
-    let pip = match external {
-        true => Shared::open(request.cache)?.may_need_pip(&[Want::Linux, Want::Musl]),
-        false => false,
-    };
     host::ensure(progress, &logs.join("install.log"), &needs, pip)
 }
 
@@ -55,7 +58,7 @@ pub fn install(request: &Request, table: &Table, progress: &mut Progress, logs: 
 pub fn settle(
     request: &Request,
     tree: &Tree,
-    shared: &mut Shared,
+    mut shared: Option<&mut Shared>,
     store: &Store,
     table: &Table,
     progress: &mut Progress,
@@ -63,6 +66,9 @@ pub fn settle(
     let downloads = request.folder().join("dl");
     let mut last: Option<Vec<Asked>> = None;
     for sources in wanted_sources(request) {
+        if sources == Sources::Distribution && shared.is_none() {
+            continue;
+        }
         if let Some(asked) = &last {
             let lost = asked.iter().filter(|a| a.answer.is_err()).count();
             progress.say(&format!(
@@ -70,6 +76,7 @@ pub fn settle(
                  instead (--sources chooses)"
             ));
         }
+        let shared = shared.as_deref_mut();
         let mut attempt = Attempt { request, tree, shared, store, table, progress, sources };
         match attempt.run(&downloads)? {
             Ok(plan) => return Ok(plan),
@@ -83,7 +90,7 @@ pub fn settle(
 struct Attempt<'a> {
     request: &'a Request<'a>,
     tree: &'a Tree,
-    shared: &'a mut Shared,
+    shared: Option<&'a mut Shared>,
     store: &'a Store,
     table: &'a Table,
     progress: &'a mut Progress,
@@ -102,13 +109,14 @@ impl Attempt<'_> {
         if distribution {
             self.fetch()?;
         }
-        let plan = Plan::new(request, &self.tree.id(&request.folder())?, Some(self.shared), self.sources)?
-            .ok_or_else(|| {
-                Error::plain(
-                    "the sources of this build are not settled",
-                    "This is a bug; run the command again.",
-                )
-            })?;
+        let plan =
+            Plan::new(request, &self.tree.id(&request.folder())?, self.shared.as_deref(), self.sources)?
+                .ok_or_else(|| {
+                    Error::plain(
+                        "the sources of this build are not settled",
+                        "This is a bug; run the command again.",
+                    )
+                })?;
         if plan.find(self.store)?.is_some() {
             return Ok(Ok(plan));
         }
@@ -199,8 +207,9 @@ impl Attempt<'_> {
     /// The distribution's compiler, laid out for Buildroot.
     fn toolchain(&mut self) -> Result<Compiler, Error> {
         let request = self.request;
-        let direct = self.shared.toolchain(request.repo, self.progress)?;
-        let key = self.shared.toolchain_key(request.repo)?.ok_or_else(|| {
+        let shared = self.shared.as_deref_mut().ok_or_else(no_distribution)?;
+        let direct = shared.toolchain(request.repo, self.progress)?;
+        let key = shared.toolchain_key(request.repo)?.ok_or_else(|| {
             Error::plain("the cross compiler is gone", "Run the command again; it is made anew then.")
         })?;
         let scripts = request.repo.join("buildroot-external/buildroot/toolchain");
@@ -234,10 +243,11 @@ impl Attempt<'_> {
 
     /// Gets the distribution's sources.
     fn fetch(&mut self) -> Result<(), Error> {
-        self.shared.get(self.progress, &Want::Linux)?;
+        let shared = self.shared.as_deref_mut().ok_or_else(no_distribution)?;
+        shared.get(self.progress, &Want::Linux)?;
         for package in package::closure(self.request.repo, self.request.packages)? {
             if let Some(name) = package.info.source {
-                self.shared.get(self.progress, &Want::Source(name))?;
+                shared.get(self.progress, &Want::Source(name))?;
             }
         }
         Ok(())
@@ -249,10 +259,13 @@ impl Attempt<'_> {
         for package in &plan.packages {
             let Some(name) = &package.info.source else { continue };
             let want = Want::Source(name.clone());
-            let files = self.shared.get(self.progress, &want)?;
+            let shared = self.shared.as_deref_mut().ok_or_else(no_distribution)?;
+            let files = shared.get(self.progress, &want)?;
             let patches = self.tree.folder.join("package").join(&package.name);
             let mut recipe = Recipe::default();
-            recipe.add("source", &self.shared.taken(&want).map_or_else(String::new, |t| t.summary()));
+            recipe.add("source", &shared.taken(&want).map_or_else(String::new, |t| t.summary()));
+            let patched = package.info.patched;
+            recipe.add("patched", &patched.to_string());
             let names = patch_names(&patches);
             for name in &names {
                 let path = patches.join(name);
@@ -268,7 +281,8 @@ impl Attempt<'_> {
                     self.progress.step(&title, Duration::from_secs(3), &log, |step| {
                         self.store.make(&kind, &recipe, |out| {
                             let to = out.join("source");
-                            step.run("unpack the source", unpack_source(&files, &to)?)?;
+                            let unpack = if patched { unpack_source } else { unpack_upstream };
+                            step.run("unpack the source", unpack(&files, &to)?)?;
                             for name in &names {
                                 let patch = patches.join(name);
                                 // Of another version: what does not fit is not needed, or the compiler will say.
@@ -309,8 +323,9 @@ impl Attempt<'_> {
 
     /// The kernel's archive out of the distribution's package, and the checksum that Buildroot wants of it.
     fn linux(&mut self, output: &Path) -> Result<Kernel, Error> {
-        let files = self.shared.get(self.progress, &Want::Linux)?;
-        let taken = self.shared.taken(&Want::Linux).cloned().ok_or_else(|| {
+        let shared = self.shared.as_deref_mut().ok_or_else(no_distribution)?;
+        let files = shared.get(self.progress, &Want::Linux)?;
+        let taken = shared.taken(&Want::Linux).cloned().ok_or_else(|| {
             Error::plain("the kernel's source is gone from the cache", "Run the command again.")
         })?;
         let mut recipe = Recipe::default();
@@ -338,6 +353,13 @@ impl Attempt<'_> {
         super::super::cache::write_if_changed(&hash, line.as_bytes())?;
         Ok(Kernel::Archive { path, series: taken.series().to_owned() })
     }
+}
+
+fn no_distribution() -> Error {
+    Error::plain(
+        "this machine has no Debian packages, of which compiler or sources would be made",
+        "Use `--toolchain internal --sources release`.",
+    )
 }
 
 fn archive(package: &str) -> String {

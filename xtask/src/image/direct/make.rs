@@ -348,6 +348,14 @@ pub fn unpack_source(files: &Path, to: &Path) -> Result<Expression, Error> {
     Ok(duct::cmd!("dpkg-source", "--no-check", "--extract", dsc, to).env("LC_ALL", "C").env("TZ", "UTC"))
 }
 
+/// Unpacks a source package as its authors released it.
+pub fn unpack_upstream(files: &Path, to: &Path) -> Result<Expression, Error> {
+    let dsc = only_file(files, ".dsc")?;
+    let words = ["--no-check", "--skip-patches", "--extract"].map(OsString::from);
+    let words = words.into_iter().chain([dsc.into(), to.into()]);
+    Ok(duct::cmd("dpkg-source", words).env("LC_ALL", "C").env("TZ", "UTC"))
+}
+
 /// Unpacks musl from a wheel. pip came with a Python, so that is there.
 fn unzip(wheel: &Path, to: &Path) -> Expression {
     let script = "import sys, zipfile\n\

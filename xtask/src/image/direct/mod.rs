@@ -81,7 +81,7 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     let host: Vec<(String, String)> =
         packages.iter().flat_map(|p| p.info.host.iter().map(|(a, b)| (a.clone(), b.clone()))).collect();
     let pip = wants.iter().any(|w| archive.may_need_pip(w));
-    host::ensure(&mut progress, &logs.join("install.log"), &host, pip)?;
+    host::ensure(&mut progress, &logs.join("install.log"), &host::needs(&host), pip)?;
 
     // Recipes depend on what is taken, so that is settled first.
     let unknown: Vec<&Want> = wants.iter().filter(|w| archive.taken(w).is_none()).collect();
