@@ -29,7 +29,7 @@ pub enum Command {
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
     /// Check what this machine has, and say what each thing is for.
-    Doctor,
+    Doctor(DoctorArgs),
     /// Run all checks and tests; installs what they need, and says what it skips and why.
     Test(TestArgs),
 }
@@ -271,6 +271,14 @@ pub struct StatusArgs {
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
+}
+
+/// `cargo xtask doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Install what needs no rights: NVRTC, into our cache.
+    #[arg(long)]
+    pub fix: bool,
 }
 
 /// `cargo xtask test`.

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::command(&args),
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
-        Command::Doctor => doctor::command(),
+        Command::Doctor(args) => doctor::command(&args),
         Command::Test(args) => test::command(&args),
     };
     match result {
