@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::image::buildroot::{self, Sources, Toolchain};
 use crate::image::profile::{BuilderName, Ram};
+use crate::image::try_it::Other;
 
 /// Linux on GPU: builds guest images and runs fleets of them.
 #[derive(Debug, Parser)]
@@ -140,6 +141,10 @@ pub struct ImageArgs {
     /// List profiles and overlays with their descriptions, and build nothing.
     #[arg(long)]
     pub list: bool,
+
+    /// Boot the image on another emulator, to tell a problem of the guest from one of ours.
+    #[arg(long = "try", value_name = "WHERE", value_enum)]
+    pub try_on: Option<Other>,
 
     /// Write what takes how much room, as a table and a picture (builder buildroot).
     #[arg(long)]

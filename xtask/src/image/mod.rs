@@ -19,6 +19,7 @@ pub mod profile;
 pub mod step;
 pub mod text;
 pub mod tree;
+pub mod try_it;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -107,6 +108,9 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
     }
     if args.graph_size || args.sbom || args.legal_info {
         report(&root, &image, args, &options)?;
+    }
+    if let Some(other) = args.try_on {
+        try_it::run(&root, &image.dir, &image.profile, &image.manifest, other)?;
     }
     Ok(())
 }
@@ -395,5 +399,7 @@ fn say(line: &str) {
     drop(writeln!(std::io::stdout(), "{line}"));
 }
 
+#[cfg(test)]
+mod same;
 #[cfg(test)]
 mod tests;
