@@ -180,7 +180,8 @@ fn attended(mut command: Command) -> Result<(), Error> {
 
 /// Until READY, or until patience ends.
 fn unattended(mut command: Command) -> Result<(), Error> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+    // Open, and silent: an input at its end looks ready for ever to some.
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let start = Instant::now();
     let mut child = command.spawn().map_err(|e| not_started(&command, &e))?;
     let (send, receive) = std::sync::mpsc::channel();
