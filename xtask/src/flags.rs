@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::buildroot::menu::Menu;
 use crate::image::buildroot::{self, Sources, Toolchain};
 use crate::image::profile::{BuilderName, Ram};
 use crate::image::try_it::Other;
@@ -145,6 +146,10 @@ pub struct ImageArgs {
     /// Boot the image on another emulator, to tell a problem of the guest from one of ours.
     #[arg(long = "try", value_name = "WHERE", value_enum)]
     pub try_on: Option<Other>,
+
+    /// Edit a configuration, and write the changes back to its fragment (builder buildroot).
+    #[arg(long, value_name = "WHOSE", value_enum)]
+    pub menuconfig: Option<Menu>,
 
     /// Write what takes how much room, as a table and a picture (builder buildroot).
     #[arg(long)]

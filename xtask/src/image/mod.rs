@@ -106,7 +106,7 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
     }
-    if args.graph_size || args.sbom || args.legal_info {
+    if args.graph_size || args.sbom || args.legal_info || args.menuconfig.is_some() {
         report(&root, &image, args, &options)?;
     }
     if let Some(other) = args.try_on {
@@ -119,15 +119,21 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
 fn report(root: &Path, image: &ImageDir, args: &ImageArgs, options: &Options) -> Result<(), Error> {
     if image.manifest.builder != BuilderName::Buildroot {
         return Err(Error::plain(
-            "--graph-size, --sbom and --legal-info tell what Buildroot knows, and this image is the direct builder's",
+            "--menuconfig, --graph-size, --sbom and --legal-info are Buildroot's, and this image is the direct builder's",
             "Add `--builder buildroot`. What an image of either builder was made of is in its manifest.json.",
         ));
     }
     let cache = Cache::open()?;
     let wanted = Wanted::find(root, &image.profile)?;
     let request = wanted.request(root, &cache, options.quiet, &options.buildroot);
-    let report = buildroot::report::Report::open(&request)?;
     let mut written = Vec::new();
+    if let Some(menu) = args.menuconfig {
+        written.extend(buildroot::menu::edit(&request, &buildroot::tree(&request)?, menu)?);
+        if written.is_empty() {
+            say("nothing was changed");
+        }
+    }
+    let report = buildroot::report::Report::open(&request)?;
     if args.graph_size {
         written.push(report.sizes(&image.out, &image.manifest)?);
     }

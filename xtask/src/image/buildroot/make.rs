@@ -68,6 +68,27 @@ impl Make {
         step.read("list the packages", self.expression(&["-s", "--no-print-directory", "show-info"]))
     }
 
+    /// `make` on this terminal.
+    pub fn terminal(&self, words: &[&str]) -> Result<(), Error> {
+        let term = std::env::var_os("TERM").unwrap_or_else(|| "xterm".into());
+        finish(self.expression(words).env("TERM", term), "the editor")
+    }
+
+    /// `make`, whose words are of no interest.
+    pub fn quietly(&self, words: &[&str]) -> Result<(), Error> {
+        finish(self.expression(words).stdin_null().stdout_null(), "make")
+    }
+
+    /// `make` in a package's source, on this terminal or unheard.
+    pub fn editor(&self, source: &Path, words: &[String], terminal: bool) -> Result<(), Error> {
+        let child = duct::cmd("make", words).dir(source).full_env(self.environment.iter().cloned());
+        let term = std::env::var_os("TERM").unwrap_or_else(|| "xterm".into());
+        match terminal {
+            true => finish(child.env("TERM", term), "the editor"),
+            false => finish(child.stdin_null().stdout_null(), "make"),
+        }
+    }
+
     /// Builds; a failure names package and step.
     pub fn build(&self, step: &Step, words: &[&str], timing: &Timing) -> Result<(), Error> {
         let result = step.watch("build", self.expression(words), &|| timing.tell());
@@ -86,6 +107,14 @@ impl Make {
         let first = first_error(&text).map(|l| format!("\n  first error: {l}")).unwrap_or_default();
         Error::Plain { what: format!("{place}{what}{first}"), help }
     }
+}
+
+fn finish(child: duct::Expression, what: &str) -> Result<(), Error> {
+    let said = |how: String| {
+        Error::plain(format!("{what} did not end well: {how}"), "Its words are above. Nothing was written.")
+    };
+    let output = child.unchecked().run().map_err(|e| said(e.to_string()))?;
+    if output.status.success() { Ok(()) } else { Err(said(output.status.to_string())) }
 }
 
 /// The first line of a log that a compiler, a linker or one of our checks calls an error.

@@ -9,6 +9,7 @@ mod config;
 mod elf;
 mod machine;
 mod make;
+pub mod menu;
 mod plan;
 mod prepare;
 pub mod release;
@@ -143,6 +144,18 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     let built = run(request, &tree, &plan, &store, &mut progress, &logs)?;
     plan.id.remember(&last)?;
     Ok(built)
+}
+
+/// The tree of an image that Buildroot made, for looking into it.
+pub fn tree(request: &Request) -> Result<Tree, Error> {
+    let pin = Pin::read(request.repo)?;
+    match release::look(request, &request.folder(), &pin)? {
+        Origin::Given(tree, _) | Origin::Cached(tree) => Ok(tree),
+        Origin::Download => Err(Error::plain(
+            "the Buildroot tree that this image was made with is gone",
+            format!("Name one with --buildroot or {}.", release::VARIABLE),
+        )),
+    }
 }
 
 /// Brings the output folder to where it can go on, and lets Buildroot go on.
