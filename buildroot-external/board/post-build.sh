@@ -16,6 +16,11 @@ done
 rm -rf lib32 usr/lib32 etc/ethertypes etc/hostname etc/init.d etc/issue etc/logrotate.d etc/network etc/nginx \
     etc/os-release etc/shells etc/xtables.conf usr/html usr/lib/os-release usr/share/bash-completion \
     usr/share/metainfo usr/share/xtables
+# One name for each of iptables' tools, and no scripts around them.
+for name in iptables-apply iptables-legacy iptables-legacy-restore iptables-legacy-save; do
+    rm -f "usr/sbin/$name" "usr/sbin/ip6${name#ip}"
+done
+rm -f usr/bin/iptables-xml
 # What programs open or write without asking the configuration.
 mkdir -p var/log/nginx run tmp
 # Buildroot writes to etc and usr/lib when it comes here again.

@@ -180,7 +180,7 @@ fn run(
             Route::Fresh(_) => {}
             Route::Go { rebuild, reconfigure, .. } => {
                 for (packages, verb) in [(&rebuild, "dirclean"), (&reconfigure, "clean-for-reconfigure")] {
-                    for package in packages {
+                    for package in packages.iter().filter(|p| *p != plan::AFTER) {
                         let target = format!("{package}-{verb}");
                         step.run(&format!("prepare {package}"), make.expression(&[&target]))?;
                     }

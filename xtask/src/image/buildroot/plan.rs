@@ -26,16 +26,11 @@ const LINUX_SECONDS: u64 = 200;
 /// About how long Buildroot's own compiler takes on two cores.
 const COMPILER_SECONDS: [(&str, u64); 3] =
     [("host-binutils", 150), ("host-gcc-initial", 700), ("host-gcc-final", 900)];
+/// Not a package, but what Buildroot does when all of them are installed.
+pub const AFTER: &str = "(after all packages)";
 /// What of our tree shapes every package.
-const SHARED: &[&str] = &[
-    "external.mk",
-    "external.desc",
-    "Config.in",
-    "board/post-build.sh",
-    "board/skeleton",
-    "support",
-    "buildroot/machine.mk",
-];
+const SHARED: &[&str] =
+    &["external.mk", "external.desc", "Config.in", "board/skeleton", "support", "buildroot/machine.mk"];
 
 /// The inputs of an image, settled.
 #[derive(Debug)]
@@ -118,8 +113,9 @@ impl Plan {
                 }
                 add_taken(&mut inputs, taken);
             }
-            if package.folder.join("Config.in").is_file() {
-                recipe.add_folder("package", &package.folder, is_text)?;
+            match package.folder.join("Config.in").is_file() {
+                true => recipe.add_folder("package", &package.folder, is_text)?,
+                false => recipe.add_folder("package", &package.folder, |path| !path.ends_with(".mk"))?,
             }
             own.insert(package.name.clone(), recipe);
         }
@@ -137,6 +133,9 @@ impl Plan {
             }
         }
         own.insert("linux".to_owned(), linux);
+        let mut after = Recipe::default();
+        after.add("script", &read(&external.join("board/post-build.sh"))?);
+        own.insert(AFTER.to_owned(), after);
 
         let mut fragments = BTreeMap::new();
         let series = external.join(format!("kernel/linux-{}.config", super::config::series(&kernel)));
