@@ -1,5 +1,9 @@
 LG_CHECK_CONFIG = sh $(BR2_EXTERNAL_LG_PATH)/support/check-config.sh
 
+# Programs only: with functions in sections of their own, half of the kernel's text would lie outside of what its linker
+# script calls text.
+TARGET_CFLAGS += -ffunction-sections -fdata-sections -msave-restore
+
 # Kernel and busybox are configured from fragments alone: what they do not name is off. Buildroot would fill in
 # defaults. The hooks are lg-init's, which every image has.
 LG_LINUX_FRAGMENTS = $(LINUX_KCONFIG_FILE) $(LINUX_KCONFIG_FRAGMENT_FILES)

@@ -24,6 +24,7 @@ init:
   - run sh -c "ethtool -i eth0 2>&1 | grep -E 'driver|bus' | sed 's/^/SAME /'"
   - run sh -c "ethtool -S eth0 2>&1 | head -n 1 | sed 's/^/SAME /'"
   - run sh -c "lg-trace on 80 && iptables -t raw -S | sed 's/^/SAME /'"
+  - run sh -c "wc -l < /proc/kallsyms | sed 's/^/SAME kernel symbols /'"
   - run sh -c "busybox --list | wc -l | sed 's/^/SAME applets /'"
 "#;
 

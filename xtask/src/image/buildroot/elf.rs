@@ -43,6 +43,11 @@ pub fn check(bytes: &[u8]) -> Result<(), String> {
     }
 }
 
+/// How many sections a file has.
+pub fn sections(bytes: &[u8]) -> usize {
+    half(bytes, 48).map_or(0, usize::from)
+}
+
 /// The name in the attributes section, as rv32i2p1_m2p0_a2p1.
 pub fn architecture(bytes: &[u8]) -> Option<String> {
     let table = word(bytes, 32)? as usize;
@@ -155,6 +160,7 @@ pub mod tests {
             let bytes = elf(0, name);
             assert_eq!(architecture(&bytes).as_deref(), Some(name));
             assert_eq!(check(&bytes), Ok(()), "{name}");
+            assert_eq!(sections(&bytes), 1);
         }
     }
 

@@ -219,6 +219,9 @@ fn install_again(output: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// More sections than any kernel's linker script makes.
+const KERNEL_SECTIONS: usize = 200;
+
 /// Takes what is wanted out of an output folder, every program checked.
 fn collect(output: &Path, files: &Path) -> Result<(), Error> {
     let image = output.join("images/Image");
@@ -239,6 +242,13 @@ fn collect(output: &Path, files: &Path) -> Result<(), Error> {
         if path.is_file() {
             let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
             elf::check(&bytes).map_err(|what| refused(name, &what))?;
+            // Its linker script gathers text and data; what lies elsewhere is text to nobody.
+            if elf::sections(&bytes) > KERNEL_SECTIONS {
+                return Err(Error::plain(
+                    format!("the kernel's {name} has {} sections", elf::sections(&bytes)),
+                    "Something gives the kernel -ffunction-sections, as BR2_TARGET_OPTIMIZATION does. Take it away.",
+                ));
+            }
         }
     }
     for (name, from) in
