@@ -22,6 +22,7 @@ const NEEDS: &[(&str, &str)] = &[
     ("cmp", "diffutils"),
     ("cpio", "cpio"),
     ("find", "findutils"),
+    ("flock", "util-linux"),
     ("g++", "g++"),
     ("gcc", "gcc"),
     ("gzip", "gzip"),

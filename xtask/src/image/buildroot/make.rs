@@ -37,10 +37,11 @@ impl Make {
         })
     }
 
-    /// `make` with these words. Files get the mode that Buildroot insists on.
+    /// `make` with these words. Files get the mode that Buildroot insists on. It holds the folder's lock as long as it
+    /// lives, also if xtask does not.
     pub fn expression(&self, words: &[&str]) -> duct::Expression {
-        let mut all: Vec<OsString> =
-            ["-c", "umask 022; exec make \"$@\"", "make", "-C"].map(OsString::from).to_vec();
+        let mut all: Vec<OsString> = vec![lock(&self.output).into()];
+        all.extend(["sh", "-c", "umask 022; exec make \"$@\"", "make", "-C"].map(OsString::from));
         all.push(self.tree.folder.clone().into());
         for (name, path) in [("O", &self.output), ("BR2_EXTERNAL", &self.external)] {
             let mut word = OsString::from(format!("{name}="));
@@ -48,7 +49,7 @@ impl Make {
             all.push(word);
         }
         all.extend(words.iter().map(OsString::from));
-        duct::cmd("sh", all).full_env(self.environment.iter().cloned())
+        duct::cmd("flock", all).full_env(self.environment.iter().cloned())
     }
 
     /// Writes the configuration, and checks that all of it survived.
@@ -109,6 +110,26 @@ impl Make {
     }
 }
 
+/// The lock of an output folder. It lies beside it: the folder may be removed.
+fn lock(output: &Path) -> PathBuf {
+    output.with_extension("lock")
+}
+
+/// Waits until no `make` works in an output folder: one may have outlived the command that started it.
+pub fn wait(output: &Path, waiting: impl FnOnce()) -> Result<(), Error> {
+    use rustix::fs::{FlockOperation, flock};
+    let path = lock(output);
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(|e| Error::io("make the folder", folder, e))?;
+    }
+    let file = fs::File::create(&path).map_err(|e| Error::io("make", &path, e))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        waiting();
+        flock(&file, FlockOperation::LockExclusive).map_err(|e| Error::io("lock", &path, e.into()))?;
+    }
+    Ok(())
+}
+
 fn finish(child: duct::Expression, what: &str) -> Result<(), Error> {
     let said = |how: String| {
         Error::plain(format!("{what} did not end well: {how}"), "Its words are above. Nothing was written.")
@@ -127,6 +148,23 @@ fn first_error(log: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_make_that_was_left_behind_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("out/test");
+        wait(&output, || panic!("nobody is there")).unwrap();
+        let left = duct::cmd!("flock", lock(&output), "sh", "-c", "echo; sleep 0.5")
+            .stdout_capture()
+            .start()
+            .unwrap();
+        let mut waited = false;
+        while !waited {
+            assert!(left.try_wait().unwrap().is_none(), "it was not waited for");
+            wait(&output, || waited = true).unwrap();
+        }
+        assert!(left.wait().is_ok());
+    }
 
     #[test]
     fn the_first_error_is_found_above_the_last_lines() {

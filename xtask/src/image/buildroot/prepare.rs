@@ -16,7 +16,7 @@ use super::super::step::Progress;
 use super::Request;
 use super::config::{Compiler, Defconfig, Kernel, Toolchain};
 use super::machine::{self, Table};
-use super::make::Make;
+use super::make::{self, Make};
 use super::plan::{self, Plan};
 use super::release::{self, Tree};
 use super::route::{Inputs, Route};
@@ -121,6 +121,8 @@ impl Attempt<'_> {
             return Ok(Ok(plan));
         }
         let output = plan.output(request);
+        let waiting = "waiting for a build in the same folder, which an interrupted command left running";
+        make::wait(&output, || self.progress.say(waiting))?;
         self.clear(&plan, &output)?;
         let external = output.join("lg/external");
         sync(&request.repo.join("buildroot-external"), &external)?;
