@@ -1,4 +1,5 @@
-//! Generates the C header of the ABI, with assertions of every size and offset, and compiles the CPU engine.
+//! Generates the C header of the ABI, with assertions of every size and offset, compiles the CPU engine, and embeds the
+//! page's terminal if it is in the cache.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -6,6 +7,8 @@ use std::path::PathBuf;
 #[path = "src/abi.rs"]
 #[allow(dead_code)]
 mod abi;
+#[path = "build/xterm.rs"]
+mod xterm;
 
 /// Appends `static_assert`s for each structure; a field missing from a list does not compile.
 macro_rules! layouts {
@@ -56,14 +59,14 @@ fn layout_assertions() -> String {
         Virtq { num, ready, desc, avail, used, last_avail, used_idx }
         VirtioNet { queue, status, interrupt, device_sel, driver_sel, driver_features, queue_sel, generation, mac, mtu, tx_stalled, reserved, rx_frames, rx_bytes, tx_frames, tx_bytes, rx_dropped, tx_dropped, errors }
         Rtc { epoch_ns, alarm_ns, latched_high, alarm_high, armed, irq_enabled, interrupt, reserved }
-        Ram { table_ptr, pages, private_frames, code_used, code_hand, reserved }
+        Ram { table_ptr, pages, private_frames, code_used, code_hand, reserved, texts_made, traces_made }
         Vm { hart, ram, engine_ptr, number, exit, plic, uart, net, rtc }
         Slot { len, data }
         Mailbox { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail, out, input, rx, tx }
-        Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr, code_pages_per_vm, reserved }
+        Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr, code_pages_per_vm, text_count, text_ptr, text_table_ptr, trace_ptr, text_capacity, text_slots, trace_capacity, trace_count }
         GpuSlice { vm, reserved, request }
         SliceRequest { budget, now_ticks, time_mode, reserved }
-        SliceResult { exit, private_frames, steps, wake_ticks, time_ticks, instret, newline_instret, rx_frames, tx_frames, net_dropped, pc, last_trap, code_pages, reserved }
+        SliceResult { exit, private_frames, steps, wake_ticks, time_ticks, instret, newline_instret, rx_frames, tx_frames, net_dropped, pc, last_trap, code_pages, code_full }
     }
     out
 }
@@ -73,6 +76,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let kernels = PathBuf::from("../kernels");
     println!("cargo::rerun-if-changed=src/abi.rs");
     println!("cargo::rerun-if-changed=../kernels");
+
+    xterm::embed(&out)?;
 
     let config = cbindgen::Config {
         language: cbindgen::Language::Cxx,
@@ -104,7 +109,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     build
         .cpp(true)
         .file(kernels.join("engine_cpu.cpp"))
-        .file(kernels.join("tests/step_cpu.cpp")) // linked into tests alone
+        .file(kernels.join("tests/step_cpu.cpp")) // these two are linked into tests alone
+        .file(kernels.join("tests/warp_cpu.cpp"))
         .include(&kernels)
         .include(&out)
         .std("c++17")

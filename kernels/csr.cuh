@@ -108,9 +108,10 @@ FN void csr_write(Machine &m, u32 number, u32 value) {
     }
 }
 
-// CSRRW, CSRRS, CSRRC and their immediate forms. False: illegal instruction.
-SLOW bool csr_execute(Machine &m, u32 insn, u32 rs1_value, u32 &result) {
-    u32 number = insn >> 20, f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
+// CSRRW, CSRRS, CSRRC and their immediate forms on CSR `number`, which `insn` names. False: illegal
+// instruction.
+FN bool csr_operate(Machine &m, u32 number, u32 insn, u32 rs1_value, u32 &result) {
+    u32 f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
     u32 operand = f3 & 4 ? rs1 : rs1_value;
     bool writes = (f3 & 3) == 1 || rs1 != 0;
     if (number == CSR_SEED) { // must be written to be read; U mode may poll it too (sseed and useed are set)
@@ -127,4 +128,7 @@ SLOW bool csr_execute(Machine &m, u32 insn, u32 rs1_value, u32 &result) {
     }
     result = old;
     return true;
+}
+SLOW bool csr_execute(Machine &m, u32 insn, u32 rs1_value, u32 &result) {
+    return csr_operate(m, insn >> 20, insn, rs1_value, result);
 }

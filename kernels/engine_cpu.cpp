@@ -9,42 +9,15 @@
 // Straight-line code changes neither sum; jumps correct them. From the start of a page or the target of a
 // jump backwards at most 1,024 instructions run before the next such point, so only those points compare with
 // the limit; within 1,024 of it they change to a table that compares at every instruction.
-#include "system.cuh"
+#include "cpu_decode.h"
+#include "cpu_tlb.h"
+#include "cpu_native.h"
+#include "step.cuh"
 
 namespace {
 
 // Kept out of the handlers that jump to them, which would have to save registers otherwise.
-#define OUT_OF_LINE __attribute__((noinline, cold))
-
-struct TlbEntry {
-    u32 read, write; // virtual page, or INVALID
-    u64 addend;      // host address minus virtual address
-};
-struct FetchEntry {
-    u32 page;  // virtual page, or INVALID
-    u32 delta; // see above
-    u64 bias;  // the micro-op of address a is at bias + 2 * a
-};
-
-#define TLB_ENTRIES 256u
-#define FETCH_ENTRIES 128u
-#define INVALID 0x800u // differs from every tag: a tag has only bits of page number and misalignment
-#define PAGE_MASK 0xfffff000u
-
-// Cached translations of one mode: user, supervisor, supervisor with SUM.
-struct Tlb {
-    TlbEntry data[TLB_ENTRIES];
-    FetchEntry fetch[FETCH_ENTRIES];
-};
-
-struct Cpu {
-    Tlb tlb[3];
-    Machine machine;
-    u64 limit; // steps at which the run ends
-    // Range of addresses translated through 4 MiB pages since the last flush: one of them may sit in many
-    // entries.
-    u32 large_first, large_last;
-};
+#define OUT_OF_LINE __attribute__((noinline))
 
 struct Handler {
     void (*run)(u32 *x, const Uop *at, i64 count, u32 delta, Tlb *tlb, const Handler *table);
@@ -61,70 +34,11 @@ struct Handler {
     } while (0)
 #define INLINE inline __attribute__((always_inline))
 
-// clang-format off: it takes these lists for expressions
-// Micro-ops that only this engine has: jumps backwards, and runs of words stored or loaded at one base.
-#define CPU_ONLY_OPS(X)                                                                                      \
-    X(BEQ_BACK)                                                                                              \
-    X(BNE_BACK)                                                                                              \
-    X(BLT_BACK) X(BGE_BACK) X(BLTU_BACK) X(BGEU_BACK) X(JAL_BACK) X(SW_RUN2) X(SW_RUN3) X(SW_RUN4)           \
-        X(LW_RUN2) X(LW_RUN3) X(LW_RUN4)
-
-// Pairs of neighbours that run with one dispatch: the most frequent ones of a Linux boot.
-#define PAIRS(X)                                                                                             \
-    X(ADDI, ADDI)                                                                                            \
-    X(ADDI, SW)                                                                                              \
-    X(ADDI, JAL_BACK) X(ADDI, JALR) X(ADDI, BLTU_BACK) X(ADDI, JAL_FAR) X(ADDI, LW) X(ADDI, LI)              \
-        X(ADDI, SLLI) X(ADDI, ADD) X(ADDI, BEQ) X(ADDI, BNE) X(ADDI, BNE_BACK) X(ADDI, ANDI) X(ADDI, JAL)    \
-            X(LW, ADDI) X(LW, LI) X(LW, ANDI) X(LW, ADD) X(LW, SW) X(LW, BNE) X(LW, BEQ) X(LW, SLLI)         \
-                X(LW, LW) X(LW, JALR) X(SW, ADDI) X(SW, LW) X(SW, JAL_BACK) X(SW, LI) X(SW, SW)              \
-                    X(SW, JAL_FAR) X(SW, JAL) X(LI, ADDI) X(LI, LI) X(LI, AND) X(LI, LW) X(LI, SW)           \
-                        X(LI, BNE) X(LI, BEQ) X(LI, JAL_FAR) X(LI, JAL) X(LI, ADD) X(SLLI, ADD) X(SLLI, OR)  \
-                            X(SLLI, SRAI) X(SLLI, SRLI) X(SRLI, SLLI) X(SRLI, OR) X(SRLI, ANDI) X(ADD, LW)   \
-                                X(ADD, XOR) X(ADD, ADD) X(ADD, ADDI) X(ADD, LBU) X(ADD, JALR) X(ADD, SW)     \
-                                    X(ADD, SLLI) X(LBU, BNE) X(LBU, BEQ) X(LBU, LBU) X(LBU, ADDI)            \
-                                        X(LBU, ANDI) X(LBU, SLLI) X(LBU, SB) X(ANDI, BEQ) X(ANDI, BNE)       \
-                                            X(ANDI, ADDI) X(OR, ADD) X(OR, SLLI) X(OR, SW) X(OR, OR)         \
-                                                X(XOR, SRLI) X(XOR, SLLI) X(AND, BEQ) X(AND, BNE)            \
-                                                    X(AND, SUB) X(AND, BGE) X(AUIPC, JALR) X(AUIPC, ADDI)    \
-                                                        X(AUIPC, LW) X(SB, ADDI) X(SUB, ADDI) X(SRAI, ADDI)  \
-                                                            X(LH, LI) X(LHU, SLLI) X(SLTU, ADD)
-
-// clang-format on
-enum CpuOp : u32 {
-    OP_CPU_BASE = OP_COUNT - 1,
-#define X(name) OP_##name,
-    CPU_ONLY_OPS(X)
-#undef X
-#define X(first, second) OP_##first##_##second,
-        PAIRS(X)
-#undef X
-            OP_CPU_COUNT
-};
-static_assert(OP_CPU_COUNT <= 256, "a micro-op's code is one byte");
-
 extern const Handler FAST[256];
 extern const Handler EXACT[256];
 
-#define WINDOW 1024
-
 inline i64 position(const Uop *at) { return (i64)((uintptr_t)at >> 3); }
 inline u32 pc_of(const Uop *at, u32 delta) { return (u32)((uintptr_t)at >> 1) + delta; }
-inline TlbEntry &entry_of(Tlb *tlb, u32 va) {
-    return *(TlbEntry *)((char *)tlb->data + (va >> 8 & (TLB_ENTRIES - 1) * sizeof(TlbEntry)));
-}
-inline FetchEntry &fetch_of(Tlb *tlb, u32 va) {
-    return *(FetchEntry *)((char *)tlb->fetch + (va >> 8 & (FETCH_ENTRIES - 1) * sizeof(FetchEntry)));
-}
-static_assert(sizeof(TlbEntry) == 16 && sizeof(FetchEntry) == 16, "entries are indexed by a shift of 12 - 4");
-inline bool fetch_hit(Tlb *tlb, u32 target) {
-    return LIKELY((target & (PAGE_MASK | 3)) == fetch_of(tlb, target).page);
-}
-inline void note_large(Cpu *cpu, const Walk &w, u32 va) {
-    if (!w.is_leaf_large) return;
-    u32 first = va & ~0x3fffffu, last = va | 0x3fffffu;
-    if (first < cpu->large_first) cpu->large_first = first;
-    if (last > cpu->large_last) cpu->large_last = last;
-}
 inline Vm *vm_of(u32 *x) { return (Vm *)x; }
 static_assert(__builtin_offsetof(Vm, hart) == 0 && __builtin_offsetof(Hart, x) == 0, "x leads to the VM");
 inline Cpu *cpu_of(u32 *x) { return (Cpu *)(uintptr_t)vm_of(x)->engine_ptr; }
@@ -139,6 +53,24 @@ OUT_OF_LINE void to_exact(ARGUMENTS) {
     do {                                                                                                     \
         if (UNLIKELY(near_limit(at, count))) return to_exact(STATE);                                         \
     } while (0)
+
+// Counts jumps to the micro-op at `at`: code that is often jumped to becomes native.
+#if HAS_NATIVE
+inline u8 &heat_of(Tlb *tlb, const Uop *at) { return tlb->heat[position(at) % HEAT_ENTRIES]; }
+inline void cool(Cpu *cpu, u8 &heat) { heat = (u8)(cpu->native ? 0 - cpu->native->warm_up : 0); }
+__attribute__((noinline)) void warm(ARGUMENTS) {
+    Cpu *cpu = cpu_of(x);
+    cool(cpu, heat_of(tlb, at));
+    if (cpu->native && cpu->native->warm_up) make_native(cpu->machine, *cpu->native, at);
+    DISPATCH;
+}
+#define COUNT_HEAT                                                                                           \
+    do {                                                                                                     \
+        if (UNLIKELY(++heat_of(tlb, at) == 0)) return warm(STATE);                                           \
+    } while (0)
+#else
+#define COUNT_HEAT
+#endif
 
 // Makes hart.pc and hart.steps those of the micro-op at `at`.
 inline Cpu *sync(ARGUMENTS) {
@@ -161,74 +93,81 @@ inline bool settled(Cpu *cpu) {
     return false;
 }
 
-// -- Cached translations
-// -----------------------------------------------------------------------------------------
-
-const Uop *code_page(const Machine &m, u32 page) {
-    return (const Uop *)(uintptr_t)(m.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
-}
-
-void flush(Cpu *cpu) {
-    for (Tlb &tlb : cpu->tlb) {
-        for (TlbEntry &e : tlb.data) e = {INVALID, INVALID, 0};
-        for (FetchEntry &f : tlb.fetch) f = {INVALID, 0, 0};
+// Finds the code at hart.pc in the mode's cached translations, filling them. False: an exception or exit came
+// up.
+__attribute__((noinline)) bool resolve(Cpu *cpu, Tlb *tlb) {
+    Machine &m = cpu->machine;
+    Hart &h = m.vm->hart;
+    if (fetch_hit(tlb, h.pc)) return true;
+    Walk w = translate(m, h.pc, ACCESS_FETCH);
+    if (!w.cause && ((w.pa >> 32) || w.pa / FRAME_BYTES >= m.vm->ram.pages)) w.cause = CAUSE_FETCH_ACCESS;
+    if (w.cause) {
+        memory_fault(m, w.cause, h.pc);
+        h.steps++;
+        return false;
     }
-    cpu->large_first = ~0u, cpu->large_last = 0;
+    u32 frame = m.table[w.pa / FRAME_BYTES] & FRAME_MASK, page = code_page_for(m, frame);
+    forget_stale(cpu);
+    note_large(cpu, w, h.pc);
+    cpu->fetch_frames.add(frame);
+    FetchEntry &f = fetch_of(tlb, h.pc);
+    f.page = h.pc & PAGE_MASK;
+    f.bias = (u64)(uintptr_t)code_page(m, page) - 2 * (u64)f.page;
+    f.delta = 0 - (u32)(f.bias >> 1);
+    return true;
 }
 
-void flush_page(Cpu *cpu, u32 va) {
-    if (va >= cpu->large_first && va <= cpu->large_last) return flush(cpu);
-    for (Tlb &tlb : cpu->tlb) {
-        TlbEntry &e = entry_of(&tlb, va);
-        if (((e.read ^ va) & PAGE_MASK) == 0 || ((e.write ^ va) & PAGE_MASK) == 0) e = {INVALID, INVALID, 0};
-        FetchEntry &f = fetch_of(&tlb, va);
-        if (((f.page ^ va) & PAGE_MASK) == 0) f = {INVALID, 0, 0};
-    }
-}
-
-void flush_frame(Cpu *cpu) {
-    const Machine &m = cpu->machine;
-    u64 host = (u64)(uintptr_t)m.frames + (u64)m.flush_frame * FRAME_BYTES;
-    u64 ops = m.flush_code ? (u64)(uintptr_t)code_page(m, m.flush_code - 1) : 0;
-    for (Tlb &tlb : cpu->tlb) {
-        for (TlbEntry &e : tlb.data)
-            if (e.addend + (e.read & PAGE_MASK) == host) e = {INVALID, INVALID, 0};
-        if (!ops) continue;
-        for (FetchEntry &f : tlb.fetch)
-            if (f.bias + 2 * (u64)(f.page & PAGE_MASK) == ops) f = {INVALID, 0, 0};
-    }
-}
-
-// Makes cached translations true again.
-void forget_stale(Cpu *cpu) {
-    u32 events = cpu->machine.events;
-    if (LIKELY(!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME)))) return;
-    if (events & EV_FLUSH) {
-        flush(cpu);
-    } else {
-        if (events & EV_FLUSH_PAGE) flush_page(cpu, cpu->machine.flush_va);
-        if (events & EV_FLUSH_FRAME) flush_frame(cpu);
-    }
-    cpu->machine.events &= ~(EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME);
-}
+// To an address: the fetch entry must have been found to hold it. `at` is the jump, which this counts.
+#define GO_TO(target)                                                                                        \
+    do {                                                                                                     \
+        i64 done = count + position(at) + 1;                                                                 \
+        const FetchEntry &f = fetch_of(tlb, target);                                                         \
+        at = (const Uop *)(uintptr_t)(f.bias + 2 * (u64)(target));                                           \
+        delta = f.delta;                                                                                     \
+        count = done - position(at);                                                                         \
+        CHECK_LIMIT;                                                                                         \
+        COUNT_HEAT;                                                                                          \
+        DISPATCH;                                                                                            \
+    } while (0)
+// Within the page.
+#define GO_NEAR                                                                                              \
+    do {                                                                                                     \
+        i64 distance = (i32)at->imm >> 2;                                                                    \
+        count += 1 - distance;                                                                               \
+        at += distance;                                                                                      \
+    } while (0)
 
 // -- Operations out of line
 // --------------------------------------------------------------------------------------
 
+// Caches the translation of an aligned `va`, if RAM is there and nothing comes up that returns to the driver.
+// True: the handler will find it.
+bool cache_load(Cpu *cpu, Tlb *tlb, u32 va) {
+    Machine &m = cpu->machine;
+    Walk w = translate(m, va, ACCESS_LOAD);
+    const u8 *host = !w.cause && !(w.pa >> 32) ? ram_read_at(m, (u32)w.pa) : 0;
+    if (UNLIKELY(!host || m.events)) return false;
+    fill_data(cpu, tlb, w, va, host, false);
+    return true;
+}
+bool cache_store(Cpu *cpu, Tlb *tlb, u32 va) {
+    Machine &m = cpu->machine;
+    Walk w = translate(m, va, ACCESS_STORE);
+    u8 *host = !w.cause && !(w.pa >> 32) ? ram_write_at(m, (u32)w.pa) : 0;
+    if (UNLIKELY(!host || (m.events & EV_FLUSH))) return false;
+    // If the frame held code that was looked up, the code that runs must be looked up again.
+    bool stands = code_stands(cpu, m.vm->hart.pc);
+    forget_stale(cpu);
+    fill_data(cpu, tlb, w, va, host, true);
+    if (UNLIKELY(!stands)) m.events |= EV_CHECK;
+    return stands;
+}
+
 template <u32 OP> OUT_OF_LINE void load_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    Machine &m = cpu->machine;
     u32 va = x[at->rs1] + at->imm, value;
-    if (!(va & (access_bytes(OP) - 1))) {
-        Walk w = translate(m, va, ACCESS_LOAD);
-        const u8 *host = !w.cause && !(w.pa >> 32) ? ram_read_at(m, (u32)w.pa) : 0;
-        if (LIKELY(host && !m.events)) {
-            note_large(cpu, w, va);
-            entry_of(tlb, va) = {va & PAGE_MASK, INVALID, (u64)(uintptr_t)host - va};
-            return FAST[OP].run(STATE);
-        }
-    }
-    if (!load_any(m, va, access_bytes(OP), value)) {
+    if (!(va & (access_bytes(OP) - 1)) && cache_load(cpu, tlb, va)) return FAST[OP].run(STATE);
+    if (!load_any(cpu->machine, va, access_bytes(OP), value)) {
         settled(cpu);
         return;
     }
@@ -238,44 +177,36 @@ template <u32 OP> OUT_OF_LINE void load_slow(ARGUMENTS) {
 
 template <u32 OP> OUT_OF_LINE void store_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    Machine &m = cpu->machine;
     u32 va = x[at->rs1] + at->imm;
-    if (!(va & (access_bytes(OP) - 1))) {
-        Walk w = translate(m, va, ACCESS_STORE);
-        u8 *host = !w.cause && !(w.pa >> 32) ? ram_write_at(m, (u32)w.pa) : 0;
-        if (LIKELY(host && !(m.events & EV_FLUSH))) {
-            // If the frame held code, that is forgotten now: the code that runs must be looked up again.
-            bool held_code = (m.events & EV_FLUSH_FRAME) && m.flush_code;
-            forget_stale(cpu);
-            note_large(cpu, w, va);
-            entry_of(tlb, va) = {va & PAGE_MASK, va & PAGE_MASK, (u64)(uintptr_t)host - va};
-            if (LIKELY(!held_code && !m.events)) return FAST[OP].run(STATE);
-            m.events |= EV_CHECK;
-        }
-    }
-    store_any(m, va, access_bytes(OP), x[at->rs2]);
+    if (!(va & (access_bytes(OP) - 1)) && cache_store(cpu, tlb, va)) return FAST[OP].run(STATE);
+    store_any(cpu->machine, va, access_bytes(OP), x[at->rs2]);
     if (settled(cpu)) NEXT;
 }
 
 template <u32 OP> OUT_OF_LINE void atomic_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
-    u32 value;
-    if (atomic(cpu->machine, OP, x[at->rs1], x[at->rs2], value)) x[at->rd] = value;
+    u32 va = x[at->rs1], value;
+    bool fails = OP == OP_SC && vm_of(x)->hart.reservation == NO_RESERVATION; // and writes nothing
+    if (!(va & 3) && !fails && (OP == OP_LR ? cache_load(cpu, tlb, va) : cache_store(cpu, tlb, va)))
+        return FAST[OP].run(STATE);
+    if (atomic(cpu->machine, OP, va, x[at->rs2], value)) x[at->rd] = value;
     if (settled(cpu)) NEXT;
 }
 
 // A jump whose target is not cached, or misaligned.
 INLINE void jump_slow(u32 target, ARGUMENTS) {
     Cpu *cpu = sync(STATE);
+    Hart &h = vm_of(x)->hart;
     if (target & 3) {
         take_exception(cpu->machine, CAUSE_FETCH_MISALIGNED, target);
-    } else {
-        Hart &h = vm_of(x)->hart;
-        x[at->rd] = h.pc + 4;
-        h.pc = target;
-        cpu->machine.events |= EV_JUMP;
+        settled(cpu);
+        return;
     }
-    settled(cpu);
+    x[at->rd] = h.pc + 4;
+    h.pc = target;
+    h.steps++;
+    if (h.steps >= cpu->limit || !resolve(cpu, tlb)) return;
+    GO_TO(target);
 }
 OUT_OF_LINE void jalr_slow(ARGUMENTS) { jump_slow((x[at->rs1] + at->imm) & ~1u, STATE); }
 OUT_OF_LINE void relative_slow(ARGUMENTS) { jump_slow(pc_of(at, delta) + at->imm, STATE); }
@@ -290,95 +221,38 @@ __attribute__((noinline)) void csr_slow(ARGUMENTS) {
         x[at->rd] = result;
     else
         take_exception(m, CAUSE_ILLEGAL, at->imm);
-    u32 events = m.events;
-    if (events && !(events & ~(EV_CHECK | EV_MODE)) && at->imm >> 20 == CSR_SSTATUS) {
-        // The kernel turns interrupts and SUM on and off all the time: stay, unless an interrupt is due.
-        Hart &h = m.vm->hart;
-        if (!(events & EV_CHECK) || !(pending_interrupts(*m.vm) & h.sie)) {
-            m.events = 0;
-            tlb = &cpu->tlb[h.sstatus & SSTATUS_SUM ? 2 : 1]; // S mode: sstatus is not U's to write
-            NEXT;
-        }
-    }
     if (settled(cpu)) NEXT;
+}
+// The kernel turns interrupts and SUM on and off all the time: this stays unless an interrupt is due.
+__attribute__((noinline)) void sstatus(ARGUMENTS) {
+    Cpu *cpu = sync(STATE);
+    Machine &m = cpu->machine;
+    Hart &h = m.vm->hart;
+    u32 result = 0;
+    if (UNLIKELY(!csr_operate(m, CSR_SSTATUS, at->imm, x[at->rs1], result))) return csr_slow(STATE);
+    x[at->rd] = result;
+    u32 events = m.events;
+    if (events) {
+        bool due = (events & EV_CHECK) && (pending_interrupts(*m.vm) & h.sie);
+        if (due || (events & ~(EV_CHECK | EV_MODE))) {
+            settled(cpu);
+            return;
+        }
+        m.events = 0;
+        tlb = &cpu->tlb[h.sstatus & SSTATUS_SUM ? 2 : 1]; // S mode: sstatus is not U's to write
+    }
+    NEXT;
 }
 OUT_OF_LINE void system_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     system_execute(cpu->machine, at->imm, x[at->rs1]);
+    if (code_stands(cpu, vm_of(x)->hart.pc)) forget_stale(cpu);
     if (settled(cpu)) NEXT;
 }
 OUT_OF_LINE void illegal_slow(ARGUMENTS) {
     Cpu *cpu = sync(STATE);
     take_exception(cpu->machine, CAUSE_ILLEGAL, at->imm);
     settled(cpu);
-}
-
-// -- Decoding
-// ----------------------------------------------------------------------------------------------------
-
-struct PairTable {
-    u8 of[OP_SW_RUN2][OP_SW_RUN2]; // the pair's code, or 0
-    u8 first[256];                 // the first operation of a pair or run; other codes lead to themselves
-    constexpr PairTable() : of(), first() {
-        for (u32 i = 0; i < 256; i++) first[i] = (u8)i;
-#define X(a, b) of[OP_##a][OP_##b] = OP_##a##_##b, first[OP_##a##_##b] = OP_##a;
-        PAIRS(X)
-#undef X
-        for (u32 i = 0; i < 3; i++) first[OP_SW_RUN2 + i] = OP_SW, first[OP_LW_RUN2 + i] = OP_LW;
-    }
-};
-constexpr PairTable PAIR;
-
-void put(const Uop *at, Uop u) {
-    u64 word;
-    __builtin_memcpy(&word, &u, 8);
-    __atomic_store_n((u64 *)at, word, __ATOMIC_RELEASE);
-}
-Uop decode_single(const u32 *words, u32 index) {
-    Uop u = decode(words[index], 4 * index);
-    if (u.op >= OP_BEQ && u.op <= OP_JAL && (i32)u.imm <= 0) u.op = (u8)(u.op - OP_BEQ + OP_BEQ_BACK);
-    return u;
-}
-
-#define BLOCK 32
-
-// Decodes from `at` to the next unconditional jump, the end of the page or a micro-op already decoded, BLOCK
-// at most, and joins neighbours where one dispatch can do for all of them. Each keeps its own slot and
-// operands: a jump may lead there.
-void decode_block(const Machine &m, const Uop *at) {
-    u64 offset = (u64)(uintptr_t)at - m.pool->code_ptr;
-    u32 page = (u32)(offset / CODE_PAGE_BYTES), index = (u32)(offset % CODE_PAGE_BYTES) / 8;
-    if (index >= 1024) return put(at, uop(OP_NEXT_PAGE, 0, 0, 0, 0));
-    u32 frame = ((const u32 *)(uintptr_t)m.pool->code_frame_ptr)[page];
-    const u32 *words = (const u32 *)(m.frames + (u64)frame * FRAME_BYTES);
-    Uop block[BLOCK];
-    u32 length = 0;
-    while (length < BLOCK && index + length < 1024 && (length == 0 || at[length].op == OP_DECODE)) {
-        Uop u = decode_single(words, index + length);
-        block[length++] = u;
-        if (u.op == OP_JALR || u.op == OP_JAL || u.op == OP_JAL_FAR || u.op == OP_JAL_BACK ||
-            u.op == OP_ILLEGAL)
-            break;
-    }
-    for (u32 i = length; i-- > 0;) { // backwards: what a joined micro-op needs is in place before it
-        Uop u = block[i];
-        u32 op = u.op;
-        if (i + 1 < length) u.op = PAIR.of[op][block[i + 1].op] ? PAIR.of[op][block[i + 1].op] : (u8)op;
-        if (op == OP_LW || op == OP_SW) {
-            // Words at ascending or descending addresses of one base, which no load of the run but the last
-            // replaces.
-            u32 run = 1;
-            while (run < 4 && i + run < length) {
-                const Uop &next = block[i + run], &previous = block[i + run - 1];
-                if (next.op != op || next.rs1 != u.rs1 || ((next.imm ^ u.imm) & 3)) break;
-                if (op == OP_LW && previous.rd == u.rs1) break;
-                if (run > 1 && ((i32)next.imm > (i32)previous.imm) != ((i32)previous.imm > (i32)u.imm)) break;
-                run++;
-            }
-            if (run > 1) u.op = (u8)((op == OP_SW ? OP_SW_RUN2 : OP_LW_RUN2) + run - 2);
-        }
-        put(at + i, u);
-    }
 }
 
 OUT_OF_LINE void decode_slow(ARGUMENTS) {
@@ -393,6 +267,16 @@ OUT_OF_LINE void exact(ARGUMENTS) {
         return;
     }
     if (at->op == OP_DECODE) decode_block(cpu_of(x)->machine, at);
+#if HAS_NATIVE
+    if (at->op == OP_NATIVE) { // what it stood for
+        Cpu *cpu = sync(STATE);
+        CodePlace place = place_of(cpu->machine, at);
+        u32 next = vm_of(x)->hart.pc + 4;
+        step(cpu->machine, decode(place.words[place.index], place.index * 4));
+        if (cpu->machine.events || vm_of(x)->hart.pc != next) return;
+        NEXT;
+    }
+#endif
     return FAST[PAIR.first[at->op]].run(STATE);
 }
 
@@ -443,25 +327,6 @@ template <u32 OP> INLINE bool straight(u32 *x, const Uop *at, u32 delta, Tlb *tl
     return true;
 }
 
-// To an address: the fetch entry must have been found to hold it. `at` is the jump, which this counts.
-#define GO_TO(target)                                                                                        \
-    do {                                                                                                     \
-        i64 done = count + position(at) + 1;                                                                 \
-        const FetchEntry &f = fetch_of(tlb, target);                                                         \
-        at = (const Uop *)(uintptr_t)(f.bias + 2 * (u64)(target));                                           \
-        delta = f.delta;                                                                                     \
-        count = done - position(at);                                                                         \
-        CHECK_LIMIT;                                                                                         \
-        DISPATCH;                                                                                            \
-    } while (0)
-// Within the page.
-#define GO_NEAR                                                                                              \
-    do {                                                                                                     \
-        i64 distance = (i32)at->imm >> 2;                                                                    \
-        count += 1 - distance;                                                                               \
-        at += distance;                                                                                      \
-    } while (0)
-
 template <u32 OP> INLINE void body(ARGUMENTS) {
     if constexpr (is_straight<OP>) {
         if (UNLIKELY(!straight<OP>(x, at, delta, tlb))) {
@@ -481,6 +346,7 @@ template <u32 OP> INLINE void body(ARGUMENTS) {
         if (branch_taken<OP - OP_BEQ_BACK + OP_BEQ>(x[at->rs1], x[at->rs2])) {
             GO_NEAR;
             CHECK_LIMIT;
+            COUNT_HEAT;
             DISPATCH;
         }
         NEXT;
@@ -495,6 +361,7 @@ template <u32 OP> INLINE void body(ARGUMENTS) {
         x[at->rd] = pc_of(at, delta) + 4;
         GO_NEAR;
         if constexpr (OP == OP_JAL_BACK) CHECK_LIMIT;
+        COUNT_HEAT;
         DISPATCH;
     } else if constexpr (OP == OP_JAL_FAR) {
         u32 target = pc_of(at, delta) + at->imm;
@@ -516,7 +383,22 @@ template <u32 OP> INLINE void body(ARGUMENTS) {
         x[at->rd] = old;
         NEXT;
     } else if constexpr (OP == OP_LR || OP == OP_SC) {
-        return atomic_slow<OP>(STATE);
+        u32 va = x[at->rs1];
+        const TlbEntry &e = entry_of(tlb, va);
+        if (UNLIKELY((va & (PAGE_MASK | 3)) != (OP == OP_LR ? e.read : e.write)))
+            return atomic_slow<OP>(STATE);
+        u32 *word = (u32 *)(uintptr_t)(e.addend + va), pa = physical_of(tlb, va) | va % FRAME_BYTES;
+        u32 &reservation = vm_of(x)->hart.reservation;
+        if constexpr (OP == OP_LR) {
+            reservation = pa;
+            x[at->rd] = *word;
+        } else {
+            bool held = reservation == pa;
+            if (held) *word = x[at->rs2];
+            reservation = NO_RESERVATION;
+            x[at->rd] = !held;
+        }
+        NEXT;
     } else if constexpr (OP == OP_FENCE || OP == OP_FENCE_I) {
         NEXT; // one hart in order; code pages follow stores at once
     } else if constexpr (OP == OP_NEXT_PAGE) {
@@ -545,10 +427,23 @@ template <u32 OP> INLINE void body(ARGUMENTS) {
         DISPATCH;
     } else if constexpr (OP == OP_CSR) {
         return csr_slow(STATE);
+    } else if constexpr (OP == OP_SSTATUS) {
+        return sstatus(STATE);
     } else if constexpr (OP == OP_SYSTEM) {
         return system_slow(STATE);
     } else if constexpr (OP == OP_DECODE) {
         return decode_slow(STATE);
+    } else if constexpr (OP == OP_NATIVE) {
+#if HAS_NATIVE
+        Cpu *cpu = cpu_of(x);
+        u32 entry = *(const u32 *)(uintptr_t)(cpu->entries_base + (u64)(uintptr_t)at / 2);
+        return Handler{(decltype(Handler::run))(uintptr_t)(cpu->native_run + entry)}.run(STATE);
+#endif
+    } else if constexpr (OP == OP_TO_COUNTED) {
+        COUNT_HEAT;
+        DISPATCH;
+    } else if constexpr (OP == OP_TO_EXACT) {
+        return to_exact(STATE);
     } else {
         static_assert(OP == OP_ILLEGAL, "every micro-op has a handler");
         return illegal_slow(STATE);
@@ -578,29 +473,6 @@ const Handler EXACT[256] = {X64({exact}), X64({exact}), X64({exact}), X64({exact
 // -- Driver
 // ------------------------------------------------------------------------------------------------------
 
-// Finds the code at hart.pc in the mode's cached translations, filling them. False: an exception or exit came
-// up.
-bool resolve(Cpu *cpu, Tlb *tlb) {
-    Machine &m = cpu->machine;
-    Hart &h = m.vm->hart;
-    if (fetch_hit(tlb, h.pc)) return true;
-    Walk w = translate(m, h.pc, ACCESS_FETCH);
-    if (!w.cause && ((w.pa >> 32) || w.pa / FRAME_BYTES >= m.vm->ram.pages)) w.cause = CAUSE_FETCH_ACCESS;
-    if (w.cause) {
-        memory_fault(m, w.cause, h.pc);
-        h.steps++;
-        return false;
-    }
-    u32 page = code_page_for(m, m.table[w.pa / FRAME_BYTES] & FRAME_MASK);
-    forget_stale(cpu);
-    note_large(cpu, w, h.pc);
-    FetchEntry &f = fetch_of(tlb, h.pc);
-    f.page = h.pc & PAGE_MASK;
-    f.bias = (u64)(uintptr_t)code_page(m, page) - 2 * (u64)f.page;
-    f.delta = 0 - (u32)(f.bias >> 1);
-    return true;
-}
-
 void run(Cpu *cpu, u64 end) {
     Machine &m = cpu->machine;
     Hart &h = m.vm->hart;
@@ -627,6 +499,18 @@ void run(Cpu *cpu, u64 end) {
 
 extern "C" u64 machine_cpu_bytes(void) { return sizeof(Cpu); }
 
+// Lets an engine make hot code native. All engines that share a pool must share `native`, too.
+extern "C" void machine_cpu_native(void *engine, NativeCode *native) {
+#if HAS_NATIVE
+    Cpu *cpu = (Cpu *)engine;
+    cpu->native = native;
+    for (Tlb &tlb : cpu->tlb)
+        for (u8 &heat : tlb.heat) cool(cpu, heat);
+#else
+    (void)engine, (void)native;
+#endif
+}
+
 // Runs one slice of one VM. `engine` is zeroed memory of machine_cpu_bytes() that one thread uses.
 extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
                                 SliceResult *result) {
@@ -636,6 +520,12 @@ extern "C" void machine_cpu_run(void *engine, Vm *vm, Pool *pool, Mailbox *mail,
     m.table = (u32 *)(uintptr_t)vm->ram.table_ptr;
     m.frames = (u8 *)(uintptr_t)pool->base_ptr;
     vm->engine_ptr = (u64)(uintptr_t)cpu;
+#if HAS_NATIVE
+    if (NativeCode *native = cpu->native) {
+        cpu->entries_base = entries_base(m, *native), cpu->native_run = (u64)(uintptr_t)native->run;
+        make_room(m, *native);
+    }
+#endif
     u64 before = vm->hart.steps;
     flush(cpu);
     slice_begin(m, *request);

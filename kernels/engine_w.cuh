@@ -1,27 +1,11 @@
-// Engine W: one VM per warp. Lane i holds x[i], and entry i of each of three translation caches; what the
-// hart does is the same in all lanes. Decoded instructions come from the code pages that all VMs of a frame
-// share; 32 lanes decode 32 of them at once. Whatever is rare runs in lane 0 on the state in memory
-// (step.cuh).
+// Engine W: one VM per warp. Lane i holds x[i], and instruction i of the trace that is being executed
+// (trace.cuh). Whatever is rare runs in lane 0 on the state in memory (step.cuh).
 #pragma once
 #include "step.cuh"
+#include "trace.cuh"
 
-#define ALL_LANES 0xFFFFFFFFu
 #define PAGE_OF(va) ((va) & ~(FRAME_BYTES - 1))
 
-// One lane's entries: virtual page | mode key, or 0 for none, and what it leads to.
-struct WarpTlb {
-    u32 read_tag, read_frame;
-    u32 write_tag, write_frame;
-    u32 fetch_tag, fetch_code;
-};
-
-// What an operation out of line hands back, the same in all lanes. The hot loop's own state stays in
-// registers: nothing that it holds is passed by address.
-struct WarpEvents {
-    u32 events;
-    u32 flush_va;
-    u32 value;
-};
 struct WarpPlace {
     Vm *vm;
     Pool *pool;
@@ -35,332 +19,437 @@ FN Machine machine_at(const WarpPlace &at) {
     m.events = 0, m.flush_va = 0, m.flush_frame = 0, m.flush_code = 0;
     return m;
 }
-FN WarpEvents from_lane_0(const Machine &m, u32 value) {
-    WarpEvents e;
-    e.events = __shfl_sync(ALL_LANES, m.events, 0);
-    e.flush_va = __shfl_sync(ALL_LANES, m.flush_va, 0);
-    e.value = __shfl_sync(ALL_LANES, value, 0);
-    return e;
+
+// Translations differ by mode, and in S mode by SUM.
+#define MODE_U_KEY 4u
+FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? 12 : 8; }
+
+FN void forget_all() {
+    WarpCache &cache = warp_cache();
+    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32) cache.data[i].tag = 0;
+    for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) cache.fetch[i].tag = 0;
+    warp_sync();
 }
-FN u32 warp_lane() { return threadIdx.x % 32; }
-
-FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? 1 : h.sstatus & SSTATUS_SUM ? 3 : 2; }
-
-// Forgets stale translations; what is left of the events.
-FN u32 warp_forget(WarpTlb &tlb, WarpEvents e) {
-    if (e.events & (EV_FLUSH | EV_FLUSH_FRAME)) {
-        tlb.read_tag = tlb.write_tag = tlb.fetch_tag = 0;
-    } else if (e.events & EV_FLUSH_PAGE) {
-        // A large page may sit in several entries: forget its 4 MiB in all of them.
-        if (((tlb.read_tag ^ e.flush_va) >> 22) == 0) tlb.read_tag = 0;
-        if (((tlb.write_tag ^ e.flush_va) >> 22) == 0) tlb.write_tag = 0;
-        if (((tlb.fetch_tag ^ e.flush_va) >> 22) == 0) tlb.fetch_tag = 0;
+FN void forget_fetches() {
+    for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) warp_cache().fetch[i].tag = 0;
+    warp_sync();
+}
+// Forgets what the events of lane 0 say; what is left of them. All lanes.
+FN u32 forget(const Machine &m) {
+    u32 events = warp_shuffle(m.events, 0);
+    if (!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME))) return events;
+    if (events & EV_FLUSH) {
+        forget_all();
+    } else {
+        WarpCache &cache = warp_cache();
+        u32 lane = warp_lane();
+        if (events & EV_FLUSH_PAGE) { // a large page may sit in several entries: its 4 MiB in all of them
+            u32 va = warp_shuffle(m.flush_va, 0) >> 22;
+            for (u32 i = lane; i < DATA_ENTRIES; i += 32)
+                if (cache.data[i].tag >> 22 == va) cache.data[i].tag = 0;
+            for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
+                if (cache.fetch[i].tag >> 22 == va) cache.fetch[i].tag = 0;
+        }
+        if (events & EV_FLUSH_FRAME) {
+            u32 frame = warp_shuffle(m.flush_frame, 0);
+            for (u32 i = lane; i < DATA_ENTRIES; i += 32)
+                if (cache.data[i].frame == frame) cache.data[i].tag = 0;
+            if (warp_shuffle(m.flush_code, 0)) {
+                forget_fetches();
+            }
+        }
+        warp_sync();
     }
-    return e.events & ~(EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME);
+    return events & ~(EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME);
 }
 
 FN void warp_save(Vm *vm, u32 x, u32 pc, u64 steps) {
     vm->hart.x[warp_lane()] = x;
     if (warp_lane() == 0) vm->hart.pc = pc, vm->hart.steps = steps;
-    __syncwarp();
+    warp_sync();
 }
-FN u32 warp_load(Vm *vm) {
-    __syncwarp();
-    return warp_lane() == 0 ? 0 : *(volatile u32 *)&vm->hart.x[warp_lane()];
-}
-
-FN const u32 *code_words(Pool *pool, u32 page) {
-    u32 frame = ((const u32 *)(uintptr_t)pool->code_frame_ptr)[page];
-    return (const u32 *)(uintptr_t)(pool->base_ptr + (u64)frame * FRAME_BYTES);
+// What a lane holds between instructions, read before any lane goes on to change it.
+struct WarpHart {
+    u32 x, pc, mode;
+    u64 steps;
+};
+FN WarpHart warp_load(Vm *vm) {
+    WarpHart w;
+    warp_sync();
+    w.x = warp_lane() == 0 ? 0 : read_through(&vm->hart.x[warp_lane()]);
+    w.pc = read_through(&vm->hart.pc), w.mode = mode_key(vm->hart);
+    w.steps = *(volatile u64 *)&vm->hart.steps;
+    warp_sync();
+    return w;
 }
 
 // One instruction through memory, by lane 0. The registers are in hart.x before and after.
-SLOW WarpEvents warp_step(WarpPlace at, u32 page, u32 index) {
+SLOW u32 warp_step(WarpPlace at, u32 insn) {
     Machine m = machine_at(at);
-    if (warp_lane() == 0) step(m, decode(code_words(at.pool, page)[index], 4 * index));
-    __syncwarp();
-    return from_lane_0(m, 0);
+    if (warp_lane() == 0) step(m, decode(insn, at.vm->hart.pc % FRAME_BYTES));
+    warp_sync();
+    return forget(m);
 }
 
-// Translates for a load or store: the frame that may be accessed directly, or NO_FRAME: leave it to
-// warp_step.
-SLOW WarpEvents warp_fill(WarpPlace at, u32 va, u32 access, u32 pc, u64 steps) {
+// Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has
+// changed.
+SLOW bool warp_own(WarpPlace at, u32 page, u32 old) {
     Machine m = machine_at(at);
-    u32 frame = NO_FRAME;
-    if (warp_lane() == 0) {
-        m.vm->hart.pc = pc, m.vm->hart.steps = steps;
-        Walk walk = translate(m, va, access);
-        if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < m.vm->ram.pages && !m.events) {
-            u32 entry = m.table[walk.pa / FRAME_BYTES];
-            bool direct =
-                access == ACCESS_LOAD || ((entry & FRAME_PRIVATE) && !code_of(m)[entry & FRAME_MASK]);
-            if (direct) frame = entry & FRAME_MASK;
-        }
+    u32 lane = warp_lane(), frame = NO_FRAME;
+    if (lane == 0) frame = frame_take(m);
+    frame = warp_shuffle(frame, 0);
+    if (frame == NO_FRAME) return false;
+    struct alignas(16) Piece {
+        u64 low, high;
+    };
+    const Piece *from = (const Piece *)frame_at(m, old);
+    Piece *to = (Piece *)frame_at(m, frame), pieces[8];
+    for (u32 i = 0; i < 8; i++) pieces[i] = from[lane + 32 * i];
+    for (u32 i = 0; i < 8; i++) to[lane + 32 * i] = pieces[i];
+    if (lane == 0) {
+        m.table[page] = frame | FRAME_PRIVATE;
+        at.vm->ram.private_frames++;
+        forget_frame(m, old, code_of(m)[old]);
     }
-    return from_lane_0(m, frame);
+    warp_sync();
+    forget(m);
+    return true;
 }
 
-// Finds the code page of pc, or NO_FRAME: an exception came up, hart.pc leads on.
-SLOW WarpEvents warp_resolve(WarpPlace at, u32 pc, u64 steps) {
+// Translates for a load or store, and notes it in the cache. False: leave it to warp_step.
+SLOW bool warp_fill(WarpPlace at, u32 va, bool store, u32 pc, u64 steps) {
     Machine m = machine_at(at);
-    u32 page = NO_FRAME;
-    if (warp_lane() == 0) {
-        Hart &h = m.vm->hart;
+    Hart &h = at.vm->hart;
+    u32 lane = warp_lane(), page = NO_FRAME, dirty = 0;
+    if (lane == 0) {
+        h.pc = pc, h.steps = steps;
+        Walk walk = translate(m, va, store ? ACCESS_STORE : ACCESS_LOAD);
+        if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < at.vm->ram.pages)
+            page = (u32)walk.pa / FRAME_BYTES, dirty = store || walk.is_dirty;
+    }
+    warp_sync();
+    forget(m); // a page table may have moved
+    page = warp_shuffle(page, 0), dirty = warp_shuffle(dirty, 0);
+    if (page == NO_FRAME) return false;
+    u32 entry = warp_shuffle(read_through(&m.table[page]), 0);
+    if (store && !(entry & FRAME_PRIVATE)) {
+        if (!warp_own(at, page, entry & FRAME_MASK)) return false;
+        entry = warp_shuffle(read_through(&m.table[page]), 0);
+    }
+    u32 frame = entry & FRAME_MASK;
+    bool direct = dirty && (entry & FRAME_PRIVATE) && !warp_shuffle(read_through(&code_of(m)[frame]), 0);
+    if (store && !direct) return false;
+    DataEntry &slot = warp_cache().data[va / FRAME_BYTES % DATA_ENTRIES];
+    if (lane == 0) slot.tag = PAGE_OF(va) | mode_key(h) | (direct ? TAG_WRITABLE : 0), slot.frame = frame;
+    warp_sync();
+    return true;
+}
+
+// The text of pc. NO_TEXT: an exception came up, and hart.pc leads on; or an event; or there is no room for
+// another text, and one instruction has been executed without.
+struct WarpText {
+    u32 text, events;
+};
+SLOW WarpText warp_fetch(WarpPlace at, u32 pc, u64 steps) {
+    Machine m = machine_at(at);
+    Hart &h = at.vm->hart;
+    u32 lane = warp_lane(), frame = NO_FRAME;
+    WarpText out;
+    if (lane == 0) {
         h.pc = pc, h.steps = steps;
         Walk walk = translate(m, pc, ACCESS_FETCH);
-        if (!walk.cause && ((walk.pa >> 32) || walk.pa / FRAME_BYTES >= m.vm->ram.pages))
+        if (!walk.cause && ((walk.pa >> 32) || walk.pa / FRAME_BYTES >= at.vm->ram.pages))
             walk.cause = CAUSE_FETCH_ACCESS;
         if (walk.cause) {
             memory_fault(m, walk.cause, pc);
             h.steps++;
             m.events |= EV_CHECK;
         } else {
-            page = code_page_for(m, m.table[walk.pa / FRAME_BYTES] & FRAME_MASK);
+            frame = m.table[walk.pa / FRAME_BYTES] & FRAME_MASK;
         }
     }
-    __syncwarp();
-    return from_lane_0(m, page);
-}
-
-// The engine's own form of a micro-op, made so that whole classes run without a branch:
-//   bits 2:0   class, 0: not decoded yet
-//   bits 7:3   which operation of the class
-//   bits 15:8  rd, 32 for none      bits 20:16 rs1      bits 28:24 rs2      bits 63:32 immediate
-// The second operand of an ALU operation is x[rs2] + imm: one of the two is zero.
-enum WarpClass : u32 { W_DECODE, W_ALU, W_LOAD, W_STORE, W_JUMP, W_MULTIPLY, W_FENCE, W_SLOW };
-
-// In the order in which warp_alu tells them apart.
-enum WarpAlu : u32 { A_ADD, A_SUB, A_AUIPC, A_AND, A_OR, A_XOR, A_SLT, A_SLTU, A_SLL, A_SRL, A_SRA };
-
-FN u64 warp_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
-    return (u64)(kind | detail << 3 | rd << 8 | rs1 << 16 | rs2 << 24) | (u64)imm << 32;
-}
-
-FN u64 warp_encode(Uop u) {
-    u32 op = u.op;
-    switch (op) {
-        // clang-format off
-#define ALU(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, u.rs2, 0);
-#define ALU_IMM(name, detail) case OP_##name: return warp_word(W_ALU, detail, u.rd, u.rs1, 0, u.imm);
-        ALU(ADD, A_ADD)
-        ALU(SUB, A_SUB)
-        ALU(AND, A_AND)
-        ALU(OR, A_OR)
-        ALU(XOR, A_XOR)
-        ALU(SLT, A_SLT)
-        ALU(SLTU, A_SLTU)
-        ALU(SLL, A_SLL)
-        ALU(SRL, A_SRL)
-        ALU(SRA, A_SRA)
-        ALU_IMM(ADDI, A_ADD)
-        ALU_IMM(ANDI, A_AND)
-        ALU_IMM(ORI, A_OR)
-        ALU_IMM(XORI, A_XOR)
-        ALU_IMM(SLTI, A_SLT)
-        ALU_IMM(SLTIU, A_SLTU)
-        ALU_IMM(SLLI, A_SLL)
-        ALU_IMM(SRLI, A_SRL)
-        ALU_IMM(SRAI, A_SRA)
-        ALU_IMM(LI, A_ADD)
-        ALU_IMM(AUIPC, A_AUIPC)
-#undef ALU
-#undef ALU_IMM
-        // clang-format on
-    case OP_LB:
-        return warp_word(W_LOAD, 0 | 4, u.rd, u.rs1, 0, u.imm); // bits 1:0 log2 of the size, bit 2 signed
-    case OP_LH: return warp_word(W_LOAD, 1 | 4, u.rd, u.rs1, 0, u.imm);
-    case OP_LW: return warp_word(W_LOAD, 2, u.rd, u.rs1, 0, u.imm);
-    case OP_LBU: return warp_word(W_LOAD, 0, u.rd, u.rs1, 0, u.imm);
-    case OP_LHU: return warp_word(W_LOAD, 1, u.rd, u.rs1, 0, u.imm);
-    case OP_SB: return warp_word(W_STORE, 0, SINK, u.rs1, u.rs2, u.imm);
-    case OP_SH: return warp_word(W_STORE, 1, SINK, u.rs1, u.rs2, u.imm);
-    case OP_SW:
-        return warp_word(W_STORE, 2, SINK, u.rs1, u.rs2, u.imm);
-        // bits 2:0 as funct3 of branches; 8: JAL, 16: JALR
-#define BRANCH(name, funct3)                                                                                 \
-    case OP_##name:                                                                                          \
-    case OP_##name##_FAR: return warp_word(W_JUMP, funct3, SINK, u.rs1, u.rs2, u.imm);
-        BRANCH(BEQ, 0)
-        BRANCH(BNE, 1)
-        BRANCH(BLT, 4)
-        BRANCH(BGE, 5)
-        BRANCH(BLTU, 6)
-        BRANCH(BGEU, 7)
-#undef BRANCH
-    case OP_JAL:
-    case OP_JAL_FAR: return warp_word(W_JUMP, 8, u.rd, 0, 0, u.imm);
-    case OP_JALR: return warp_word(W_JUMP, 16, u.rd, u.rs1, 0, u.imm);
-    case OP_FENCE:
-    case OP_FENCE_I: return warp_word(W_FENCE, 0, SINK, 0, 0, 0);
-    default: break;
+    warp_sync();
+    out.events = forget(m), out.text = NO_TEXT;
+    frame = warp_shuffle(frame, 0);
+    if (frame == NO_FRAME) return out;
+    out.text = text_find(at.pool, at.vm, frame);
+    if (out.text == NO_TEXT) {
+        const u32 *words = (const u32 *)frame_at(m, frame);
+        out.events |= warp_step(at, words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
+        return out;
     }
-    if (op >= OP_MUL && op <= OP_REMU) return warp_word(W_MULTIPLY, op - OP_MUL, u.rd, u.rs1, u.rs2, 0);
-    return warp_word(W_SLOW, 0, SINK, 0, 0, 0);
+    // Stores to the frame must no longer go there directly.
+    WarpCache &cache = warp_cache();
+    for (u32 i = lane; i < DATA_ENTRIES; i += 32)
+        if (cache.data[i].frame == frame) cache.data[i].tag = 0;
+    FetchEntry &slot = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+    warp_sync();
+    if (lane == 0) slot.tag = PAGE_OF(pc) | mode_key(h), slot.text = out.text;
+    warp_sync();
+    return out;
 }
 
-FN u32 warp_alu(u32 kind, u32 a, u32 b, u32 page) {
-    u32 negate = kind == A_SUB ? ~0u : 0;
-    u32 base = kind == A_AUIPC ? page : a;
-    u32 sum = base + (b ^ negate) - negate;
-    u32 logic = (kind == A_XOR ? 0 : a & b) | (kind == A_AND ? 0 : a ^ b);
-    u32 fill = kind == A_SRA ? (u32)((i32)a >> 31) : 0;
-    u32 right = __funnelshift_r(a, fill, b);
-    u32 shift = kind == A_SLL ? a << (b & 31) : right;
-    bool less = kind == A_SLT ? (i32)a < (i32)b : a < b;
-    u32 low = kind <= A_AUIPC ? sum : logic;
-    u32 high = kind <= A_SLTU ? (u32)less : shift;
-    return kind <= A_XOR ? low : high;
+// The integer operations that are not simple. Out of the round's way, and apart from each other.
+FN u32 lane_other(u32 detail, u32 page, u32 a, u32 b) {
+    u32 fill = detail == A_SRA ? (u32)((i32)a >> 31) : 0;
+    u32 shift = detail == A_SLL ? a << (b & 31) : funnel_right(a, fill, b);
+    u32 bias = detail == A_SLT ? 0x80000000u : 0;
+    u32 less = (a ^ bias) < (b ^ bias);
+    u32 value = detail <= A_SLTU ? less : detail == A_MUL ? a * b : shift;
+    if (detail == A_PAGE) value = page + b;
+    if (LIKELY(detail <= A_MUL)) return value;
+    switch (detail) {
+    case A_MULH: return alu<OP_MULH>(a, b);
+    case A_MULHSU: return alu<OP_MULHSU>(a, b);
+    case A_MULHU: return alu<OP_MULHU>(a, b);
+    case A_DIV: return alu<OP_DIV>(a, b);
+    case A_DIVU: return alu<OP_DIVU>(a, b);
+    case A_REM: return alu<OP_REM>(a, b);
+    default: return alu<OP_REMU>(a, b);
+    }
 }
 
-// Decodes the line of 32 instructions that `index` is in; each lane one. Other warps may do the same at the
-// same time: they write the same words.
-SLOW void warp_decode(WarpPlace place, u32 page, u32 index) {
-    u64 *ops = (u64 *)(uintptr_t)(place.pool->code_ptr + (u64)page * CODE_PAGE_BYTES);
-    u32 at = (index & ~31u) + warp_lane();
-    ops[at] = warp_encode(decode(code_words(place.pool, page)[at], 4 * at));
-    __syncwarp();
+FN void lane_store(u8 *host, u32 detail, u32 value) {
+    if (detail == 2)
+        *(u32 *)host = value;
+    else if (detail == 1)
+        *(u16 *)host = (u16)value;
+    else
+        *host = (u8)value;
 }
-
 FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
+
+// Whether a branch goes the other way than its trace. False for all but branches.
+FN bool lane_leaves(u32 op, u32 a, u32 b) {
+    u32 bias = op & BRANCH_SIGNED << 3 ? 0x80000000u : 0;
+    bool less = (a ^ bias) < (b ^ bias), same = a == b, meets = op & BRANCH_LESS << 3 ? less : same;
+    return ((op & 7) == T_BRANCH) & (meets != (bool)(op & BRANCH_INVERT << 3));
+}
+
+// Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+// Classes whose target is in the immediate.
+#define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
+
+enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
+
+// The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up:
+// AMOs on pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
+struct WarpQuick {
+    bool done;
+    u32 value;
+};
+SLOW WarpQuick warp_quick(WarpPlace at, u32 insn, u32 a, u32 b, u32 mode) {
+    Hart &h = at.vm->hart;
+    WarpQuick q;
+    q.done = false, q.value = 0;
+    u32 f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
+    if ((insn & 0x7f) == 0x2f) {
+        Uop u = decode(insn, 0);
+        if (u.op < OP_AMOSWAP || u.op > OP_AMOMAXU || a & 3) return q;
+        DataEntry entry = cached_data(cache_place(), a);
+        if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return q;
+        u64 host = at.pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        q.value = load_word(host);
+        warp_sync();
+        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, q.value, b);
+        warp_sync();
+        q.done = true;
+        return q;
+    }
+    if ((insn & 0x7f) != 0x73 || !(f3 & 3) || mode == MODE_U_KEY) return q;
+    u32 number = insn >> 20, *field = 0;
+    if (number == CSR_SSTATUS) field = &h.sstatus;
+    if (number == CSR_SSCRATCH) field = &h.sscratch;
+    if (number == CSR_SEPC) field = &h.sepc;
+    if (number == CSR_SCAUSE) field = &h.scause;
+    if (number == CSR_STVAL) field = &h.stval;
+    if (!field) return q;
+    u32 old = read_through(field), operand = f3 & 4 ? rs1 : a;
+    warp_sync(); // all have read it
+    u32 value = (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? old | operand : old & ~operand;
+    if ((f3 & 3) != 1 && rs1 == 0) value = old; // only read
+    if (number == CSR_SSTATUS) {
+        value &= SSTATUS_MASK;
+        u32 changed = old ^ value;
+        if (changed & (SSTATUS_SUM | SSTATUS_MXR) || changed & value & SSTATUS_SIE) return q;
+    }
+    if (number == CSR_SEPC) value &= ~3u;
+    if (warp_lane() == 0) *field = value;
+    warp_sync();
+    q.done = true, q.value = old;
+    return q;
+}
 
 // Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
 // then true.
-FN u32 warp_run(WarpPlace place, WarpTlb &tlb, u64 limit) {
+FN u32 warp_run(WarpPlace place, u64 limit) {
     Vm *vm = place.vm;
-    u8 *frames = (u8 *)(uintptr_t)place.pool->base_ptr;
-    u64 code = place.pool->code_ptr;
+    const u64 frames = place.pool->base_ptr, texts = place.pool->text_ptr, traces = place.pool->trace_ptr;
+    const CachePlace cache = cache_place();
     u32 lane = warp_lane();
-    u32 x = warp_load(vm);
-    u32 pc = *(volatile u32 *)&vm->hart.pc, mode = mode_key(vm->hart) << 2;
-    u32 left = (u32)(limit - *(volatile u64 *)&vm->hart.steps); // slices are far shorter than 2^32
-    const u64 *ops = 0;
-    u32 page = 0, events;
-    u64 word;
+    forget_origin(lane);
+    WarpHart hart = warp_load(vm);
+    u32 x = hart.x, pc = hart.pc, mode = hart.mode;
+    u32 left = (u32)(limit - hart.steps); // slices are far shorter than 2^32
     for (;;) {
-        u32 slot = pc >> 12 & 31;
-        u32 tag = __shfl_sync(ALL_LANES, tlb.fetch_tag, slot);
-        page = __shfl_sync(ALL_LANES, tlb.fetch_code, slot);
-        if (tag != PAGE_OF(pc) + mode) {
-            WarpEvents e = warp_resolve(place, pc, limit - left);
-            events = warp_forget(tlb, e);
-            page = e.value;
-            if (page == NO_FRAME) {
-                vm->hart.x[lane] = x;
-                __syncwarp();
-                return events;
+        u32 leave = LEAVE_FETCH, text = 0, miss_va = 0, miss_store = 0;
+        u64 index = 0; // of the text: where its traces are
+        for (u32 page = ~0u, next = 0;;) {
+            u32 trace = next - 1;
+            if (next == 0) {
+                if (PAGE_OF(pc) != page) {
+                    page = PAGE_OF(pc);
+                    FetchEntry fetch = cached_fetch(cache, pc);
+                    text = fetch.text;
+                    if (UNLIKELY(fetch.tag != (page | mode))) break;
+                    index = texts + (u64)text * TEXT_BYTES + FRAME_BYTES;
+                }
+                trace = load_word(index + pc % FRAME_BYTES) - 1;
+                // Another warp may just have made it, and lanes could see it before and after.
+                if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
+                    leave = LEAVE_TRACE;
+                    break;
+                }
             }
-            if (lane == slot) tlb.fetch_tag = PAGE_OF(pc) + mode, tlb.fetch_code = page;
-        }
-        ops = (const u64 *)(uintptr_t)(code + (u64)page * CODE_PAGE_BYTES);
-        word = ops[pc >> 2 & 1023];
-        for (;;) {
-            // `word` is the micro-op at pc; the one behind it is on its way while this one runs.
-            u64 following = ops[(pc >> 2 & 1023) + 1];
-            u32 low = (u32)word, imm = (u32)(word >> 32);
-            u32 kind = low & 7, detail = low >> 3 & 31, rd = low >> 8 & 0xff;
-            u32 a = __shfl_sync(ALL_LANES, x, low >> 16 & 31);
-            u32 b = __shfl_sync(ALL_LANES, x, low >> 24 & 31);
-            u32 next = pc + 4, value = 0;
-            // Another warp may decode this line just now, and lanes could see it before and after.
-            if (UNLIKELY(__any_sync(ALL_LANES, kind == W_DECODE))) {
-                warp_decode(place, page, pc >> 2 & 1023);
-                word = *(volatile const u64 *)&ops[pc >> 2 & 1023];
-                continue;
-            }
-            if (kind == W_ALU) {
-                value = warp_alu(detail, a, b + imm, PAGE_OF(pc));
-            } else if (kind <= W_STORE) {
-                u32 va = a + imm, slot = va >> 12 & 31, size = detail & 3;
-                u32 key = (va & (~(FRAME_BYTES - 1) | alignment(size))) + mode;
-                bool load = kind == W_LOAD;
-                u32 tag = __shfl_sync(ALL_LANES, load ? tlb.read_tag : tlb.write_tag, slot);
-                u32 frame = __shfl_sync(ALL_LANES, load ? tlb.read_frame : tlb.write_frame, slot);
-                if (UNLIKELY(tag != key)) {
-                    if (va & alignment(size)) goto slow;
-                    WarpEvents e = warp_fill(place, va, load ? ACCESS_LOAD : ACCESS_STORE, pc, limit - left);
-                    warp_forget(tlb, e);
-                    frame = e.value;
-                    if (frame == NO_FRAME) goto slow;
-                    if (lane == slot) {
-                        if (load)
-                            tlb.read_tag = key, tlb.read_frame = frame;
-                        else
-                            tlb.write_tag = key, tlb.write_frame = frame;
+            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * TRACE_LANES + lane];
+            u32 op = t.op, place_bits = t.place;
+            u32 a = warp_shuffle(x, op >> 8), b = warp_shuffle(x, op >> 16);
+            // The trace that follows if it is left at this lane, where the page itself says so.
+            bool leads = LEADS_ON >> (op & 7) & 1 && t.imm < FRAME_BYTES;
+            u32 follows = load_word(index + (leads ? t.imm & ~3u : 0));
+            const u32 levels = warp_or(place_bits & 0x7fffe000); // masks of levels: uniform
+            u32 last = warp_max(op >> 28 & 7);
+            const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
+            const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
+            const u32 sums = byte_sign<3>(op);
+            u32 here = page + (place_bits & 0x1fff); // how the trace ends, if it is left here
+            u32 value = here + 4;                    // of jumps: the link
+            // Lanes at which the trace is left for certain, and those among them whose instruction has not
+            // happened.
+            u32 stopped = bit_or_none(left), leaving;
+            for (u32 round = 0;; round++) {
+                forget_origin(op);
+                forget_origin(place_bits);
+                u32 operand = b + addend;
+                u32 result =
+                    ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
+                bool simple = (op & 0x0f000007) == T_ALU;
+                if (levels >> 13 >> round & 1) {
+                    if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, page, a, operand);
+                }
+                if (simple) value = result;
+                if (levels >> 19 >> round & 1) {
+                    leaving = stopped | warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
+                    u32 va = a + t.imm;
+                    u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
+                    DataEntry entry = cached_data(cache, va);
+                    bool stores = (op & 7) == T_STORE;
+                    u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
+                    bool mine = (((op & 7) == T_LOAD) | stores) & ((op >> 28 & 7) == round);
+                    bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
+                    u32 missing = warp_ballot(mine & !ok) & lanes_before(leaving);
+                    if (UNLIKELY(missing)) {
+                        // All before that lane happens, some of it in a later round. If that could still lead
+                        // elsewhere, the lane waits to be the first of another trace.
+                        u32 kind = op & 7;
+                        u32 undecided =
+                            warp_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
+                        missing &= ~missing + 1;
+                        leaving = stopped |= missing;
+                        if (!(undecided & lanes_before(missing))) {
+                            miss_va = warp_shuffle(va, first_of(missing));
+                            miss_store = warp_shuffle((u32)stores, first_of(missing));
+                            if (missing >> lane & 1)
+                                here |= va & alignment(op >> 3 & 3) ? END_STEP : END_FILL;
+                        }
+                    }
+                    ok &= mine;
+                    u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
+                    bool loads = ok & !stores;
+                    u32 word = load_if(loads, host & ~3ull), shift = 32 - (8u << (op >> 3 & 3));
+                    word = word >> (8 * va & 31) << shift;
+                    word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
+                    if (loads) value = word;
+                    if (levels >> 25 >> round & 1) {
+                        warp_sync();
+                        if (ok && stores && (lanes_before(leaving) >> lane & 1))
+                            lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
+                        warp_sync();
+                    }
+                    if (leaving) {
+                        u32 needed = warp_max((leaving ^ (leaving - 1)) >> lane & 1 ? op >> 28 & 7 : 0);
+                        if (needed < last) last = needed;
                     }
                 }
-                u8 *host = frames + ((u64)frame * FRAME_BYTES + (va & (FRAME_BYTES - 1)));
-                if (load) {
-                    u32 shift = 32 - (8u << size);
-                    value = *(const u32 *)(uintptr_t)((uintptr_t)host & ~(uintptr_t)3);
-                    value = value >> (8 * (va & 3)) << shift;
-                    value = detail & 4 ? (u32)((i32)value >> shift) : value >> shift;
-                } else {
-                    // All lanes store the same value to the same place, so each lane sees it in its own later
-                    // loads.
-                    if (size == 2)
-                        *(u32 *)host = b;
-                    else if (size == 1)
-                        *(u16 *)host = (u16)b;
-                    else
-                        *host = (u8)b;
-                }
-            } else if (kind == W_JUMP) {
-                bool below = detail & 2 ? a < b : (i32)a < (i32)b;
-                bool condition = ((detail & 4 ? below : a == b) ? 1 : 0) != (detail & 1);
-                value = next;
-                if (detail >= 8 || condition) next = detail & 16 ? (a + imm) & ~1u : pc + imm;
-                if (UNLIKELY(next & 3)) goto slow;
-                if (lane == rd) x = value;
-                left--;
-                bool same_page = PAGE_OF(next) == PAGE_OF(pc);
-                bool straight = next == pc + 4;
-                pc = next;
-                if (UNLIKELY(left == 0)) goto done;
-                if (!same_page) break;
-                word = straight ? following : ops[pc >> 2 & 1023];
-                continue;
-            } else if (kind == W_MULTIPLY) {
-                switch (detail) {
-                case 0: value = alu<OP_MUL>(a, b); break;
-                case 1: value = alu<OP_MULH>(a, b); break;
-                case 2: value = alu<OP_MULHSU>(a, b); break;
-                case 3: value = alu<OP_MULHU>(a, b); break;
-                case 4: value = alu<OP_DIV>(a, b); break;
-                case 5: value = alu<OP_DIVU>(a, b); break;
-                case 6: value = alu<OP_REM>(a, b); break;
-                default: value = alu<OP_REMU>(a, b); break;
-                }
-            } else if (kind == W_SLOW) {
-                goto slow;
+                if (round >= last) break;
+                u32 made_a = warp_shuffle(value, op >> 8), made_b = warp_shuffle(value, op >> 16);
+                if (op & 1u << 13) a = made_a;
+                if (op & 1u << 21) b = made_b;
             }
-            if (lane == rd) x = value; // rd is the sink where there is nothing to write
-            left--;
-            pc = next;
-            word = following;
-            if (UNLIKELY(left == 0)) goto done;
-            if (LIKELY(pc & (FRAME_BYTES - 1))) continue;
-            break;
-        slow:
-            warp_save(vm, x, pc, limit - left);
-            events = warp_forget(tlb, warp_step(place, page, pc >> 2 & 1023));
-            if (events) return events;
-            x = warp_load(vm);
-            pc = *(volatile u32 *)&vm->hart.pc;
-            left--;
-            if (left == 0) goto done;
-            break;
+            // Where it goes on, and which lanes count.
+            u32 kind = op & 7, target = page + t.imm;
+            if (kind == T_JALR) {
+                target = ((a + t.imm) & ~1u) | END_BEHIND;
+                if (target & 2) here |= END_STEP;
+            }
+            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !(stopped >> lane & 1) & !(here & 2);
+            if (!behind) target = here;
+            if (!leads || (!behind && kind != T_EXIT)) follows = 0;
+            leaving = stopped | warp_ballot((kind >= T_JUMP) | lane_leaves(op, a, b));
+            leaving &= ~leaving + 1;
+            target = warp_or(leaving >> lane & 1 ? target : 0);
+            next = warp_or(leaving >> lane & 1 ? follows : 0);
+            if (next == BUSY) next = 0;
+            u32 counted = leaving - 1 + ((target & 3) == END_BEHIND ? leaving : 0);
+            u32 writers = t.writers & counted;
+            u32 written = warp_shuffle(value, last_of(writers));
+            if (writers) x = written;
+            left -= count_of(counted);
+            pc = target & ~3u;
+            if (UNLIKELY(left == 0 || target & 2)) {
+                leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
+                break;
+            }
         }
+        u64 steps = limit - left;
+        warp_save(vm, x, pc, steps);
+        if (leave == LEAVE_LIMIT) return 0;
+        if (leave == LEAVE_FETCH) {
+            WarpText found = warp_fetch(place, pc, steps);
+            if (found.text == NO_TEXT || found.events) return found.events;
+            continue;
+        }
+        if (leave == LEAVE_TRACE) {
+            if (trace_make(place.pool, vm, text, pc / 4 % TEXT_WORDS) != BUSY) continue;
+        } else if (leave == LEAVE_FILL) {
+            if (warp_fill(place, miss_va, miss_store, pc, steps)) continue;
+        }
+        u32 insn = text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS];
+        if (leave == LEAVE_STEP) {
+            WarpQuick quick =
+                warp_quick(place, insn, warp_shuffle(x, insn >> 15), warp_shuffle(x, insn >> 20), mode);
+            if (quick.done) {
+                if (lane == (insn >> 7 & 31) && lane) x = quick.value;
+                pc += 4, left--;
+                if (left) continue;
+                warp_save(vm, x, pc, limit);
+                return 0;
+            }
+        }
+        u32 events = warp_step(place, insn);
+        left--;
+        if (left == 0 || (events & ~EV_JUMP)) return events;
+        hart = warp_load(vm);
+        x = hart.x, pc = hart.pc;
     }
-done:
-    warp_save(vm, x, pc, limit);
-    return 0;
 }
 
-SLOW WarpEvents warp_begin(WarpPlace at, const SliceRequest *request) {
+SLOW u32 warp_begin(WarpPlace at, const SliceRequest *request) {
     Machine m = machine_at(at);
     if (warp_lane() == 0) slice_begin(m, *request);
-    __syncwarp();
-    return from_lane_0(m, 0);
+    warp_sync();
+    forget_all();
+    return warp_shuffle(m.events, 0) & (EV_CHECK | EV_EXIT);
 }
 
 // Interrupts, idling and the next deadline; TURN_STOP when the slice is over.
@@ -377,30 +466,34 @@ SLOW WarpTurn warp_turn(WarpPlace at, u32 events, u64 end) {
         t.turn = take_turn(m, end);
         if (t.turn == TURN_RUN) t.limit = next_deadline(m, end);
     }
-    t.turn = __shfl_sync(ALL_LANES, t.turn, 0);
-    t.limit = __shfl_sync(ALL_LANES, t.limit, 0);
-    __syncwarp();
+    t.turn = warp_shuffle(t.turn, 0);
+    t.limit = warp_shuffle(t.limit, 0);
+    warp_sync();
     return t;
 }
 
 // One slice of one VM.
 FN void warp_slice(WarpPlace place, const SliceRequest *request, SliceResult *result) {
-    u64 before = place.vm->hart.steps, end = before + request->budget;
-    WarpTlb tlb;
-    tlb.read_tag = tlb.write_tag = tlb.fetch_tag = 0;
-    tlb.read_frame = tlb.write_frame = tlb.fetch_code = 0;
-    u32 events = warp_forget(tlb, warp_begin(place, request)) | EV_CHECK;
+    u64 before = place.vm->hart.steps, most = 1ull << 31;
+    u64 end = before + (request->budget < most ? request->budget : most);
+    u32 events = warp_begin(place, request) | EV_CHECK;
     u64 limit = before;
     for (;;) {
-        if ((events & (EV_EXIT | EV_CHECK)) || *(volatile u64 *)&place.vm->hart.steps >= limit) {
+        bool over = *(volatile u64 *)&place.vm->hart.steps >= limit;
+        warp_sync();
+        if (over || (events & (EV_EXIT | EV_CHECK))) {
             WarpTurn t = warp_turn(place, events & (EV_EXIT | EV_CHECK), end);
             if (t.turn == TURN_STOP) break;
             limit = t.limit;
         }
-        events = warp_run(place, tlb, limit);
+        events = warp_run(place, limit);
     }
     if (warp_lane() == 0) {
         Machine m = machine_at(place);
         slice_end(m, before, *result);
+        const Pool *pool = place.pool;
+        result->code_full = read_through(&pool->trace_count) >= pool->trace_capacity ||
+                            read_through(&pool->text_count) >= pool->text_capacity;
     }
+    warp_sync();
 }

@@ -1,4 +1,5 @@
 // Entry points of the GPU back end. Compiled at run time for the device at hand.
+#define MACHINE_WARP 1
 #include "engine_w.cuh"
 
 // Gives VMs first_vm, first_vm + 1, ... (one block each) the frame table that every VM starts with.
@@ -40,4 +41,13 @@ extern "C" __global__ void machine_reset(Vm *vms, Pool *pool, const u32 *initial
         u64 tail = atomicAdd((unsigned long long *)&pool->tail, 1ull);
         ring[tail % pool->capacity] = frame;
     }
+}
+
+// Forgets all texts and traces. No launch runs beside this one.
+extern "C" __global__ void machine_forget_code(Pool *pool, u32 frames) {
+    u32 at = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
+    u32 *table = (u32 *)(uintptr_t)pool->text_table_ptr, *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
+    for (u32 i = at; i < pool->text_slots; i += all) table[i] = 0;
+    for (u32 i = at; i < frames; i += all) codes[i] = 0;
+    if (at == 0) pool->text_count = pool->trace_count = 0;
 }

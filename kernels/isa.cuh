@@ -41,15 +41,13 @@ static_assert(sizeof(Uop) == 8, "a micro-op is one 64-bit word");
 
 #define SINK 32 // writes to x0 land here
 
-FN Uop uop(u32 op, u32 rd, u32 rs1, u32 rs2, u32 imm) {
-    Uop u;
-    u.op = (u8)op, u.rd = (u8)(rd ? rd : SINK), u.rs1 = (u8)rs1, u.rs2 = (u8)rs2, u.imm = imm;
-    return u;
+FN constexpr Uop uop(u32 op, u32 rd, u32 rs1, u32 rs2, u32 imm) {
+    return Uop{(u8)op, (u8)(rd ? rd : SINK), (u8)rs1, (u8)rs2, imm};
 }
 
 // Decodes the word at `offset` (bytes) within its page. Reserved encodings become OP_ILLEGAL; hints are
 // no-ops.
-FN Uop decode(u32 insn, u32 offset) {
+FN constexpr Uop decode(u32 insn, u32 offset) {
     u32 opcode = insn & 0x7f, rd = insn >> 7 & 31, f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31,
         rs2 = insn >> 20 & 31;
     u32 f7 = insn >> 25;
@@ -115,7 +113,7 @@ FN Uop decode(u32 insn, u32 offset) {
         return f3 == 0 ? uop(OP_FENCE, 0, 0, 0, 0) : f3 == 1 ? uop(OP_FENCE_I, 0, 0, 0, 0) : illegal;
     case 0x2f: {
         if (f3 != 2) return illegal;
-        u32 op;
+        u32 op = OP_ILLEGAL;
         switch (f7 >> 2) { // aq and rl are implied: one hart, in order
         case 0x02:
             if (rs2) return illegal;

@@ -14,6 +14,15 @@ FN u8 *frame_at(Machine &m, u32 frame) { return m.frames + (u64)frame * FRAME_BY
 // Takes a free frame, or NO_FRAME when the pool is exhausted.
 SLOW u32 frame_take(Machine &m) {
     Pool *pool = m.pool;
+#if defined(MACHINE_WARP) && MACHINE_GPU
+    // Frames come back between launches only: tickets from `tail` on find nothing and are all given back. A
+    // thousand warps that compare and swap would spend their time in it.
+    u64 ticket = atomicAdd((unsigned long long *)&pool->head, 1ull);
+    if (ticket < relaxed_load(&pool->tail))
+        return *((const volatile u32 *)(uintptr_t)pool->ring_ptr + ticket % pool->capacity);
+    atomicAdd((unsigned long long *)&pool->head, ~0ull);
+    return NO_FRAME;
+#else
     u64 head = relaxed_load(&pool->head);
     for (;;) {
         if (head >= relaxed_load(&pool->tail)) return NO_FRAME;
@@ -21,14 +30,17 @@ SLOW u32 frame_take(Machine &m) {
         u32 frame = shared_load((const u32 *)(uintptr_t)pool->ring_ptr + head % pool->capacity);
         if (compare_and_swap(&pool->head, head, head + 1)) return frame;
     }
+#endif
 }
 
 // Forgets the decoded instructions of a private frame.
 SLOW void code_drop(Machine &m, u32 frame) {
     u32 page = code_of(m)[frame] - 1;
-    u32 slot = page - m.vm->number * m.pool->code_pages_per_vm;
     code_of(m)[frame] = 0;
+#ifndef MACHINE_WARP // whose decoded code belongs to all frames with the same words (trace.cuh)
+    u32 slot = page - m.vm->number * m.pool->code_pages_per_vm;
     if (slot < m.pool->code_pages_per_vm) m.vm->ram.code_used[slot / 32] &= ~(1u << (slot % 32));
+#endif
     forget_frame(m, frame, page + 1);
 }
 

@@ -16,6 +16,7 @@ struct Walk {
     u64 pa;            // 34 bits
     u32 cause;         // 0 when the translation holds; otherwise the exception to take
     u32 is_leaf_large; // the leaf is a 4 MiB page
+    u32 is_dirty;      // a store needs no other walk: D is set and W allows it
 };
 
 FN u32 page_fault(u32 access) {
@@ -32,7 +33,7 @@ FN u32 access_fault(u32 access) {
 SLOW Walk translate(Machine &m, u32 va, u32 access) {
     Hart &h = m.vm->hart;
     Walk w;
-    w.pa = va, w.cause = 0, w.is_leaf_large = 0;
+    w.pa = va, w.cause = 0, w.is_leaf_large = 0, w.is_dirty = 1;
     if (!(h.satp >> 31)) return w;
     u64 table = (u64)(h.satp & 0x3fffff) << 12;
     for (u32 level = 1;; level--) {
@@ -70,6 +71,7 @@ SLOW Walk translate(Machine &m, u32 va, u32 access) {
         }
         w.cause = 0;
         w.is_leaf_large = level;
+        w.is_dirty = (want & (PTE_D | PTE_W)) == (PTE_D | PTE_W);
         u64 page = (u64)(pte >> 10) << 12;
         if (level) page = (page & ~0x3fffffull) | (va & 0x3ff000);
         w.pa = page | (va & 0xfff);

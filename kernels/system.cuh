@@ -136,4 +136,5 @@ SLOW void slice_end(Machine &m, u64 steps_before, SliceResult &result) {
     u32 pages = 0;
     for (u32 i = 0; i < CODE_PAGES_PER_VM; i++) pages += vm.ram.code_used[i / 32] >> (i % 32) & 1;
     result.code_pages = pages;
+    result.code_full = 0;
 }

@@ -56,6 +56,17 @@ pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
 /// Code pages that a VM may have for frames of its own.
 pub const CODE_PAGES_PER_VM: u32 = 128;
 
+/// Bytes of one text of engine W: a page's words, and where in it traces start.
+pub const TEXT_BYTES: u32 = 2 * FRAME_BYTES;
+/// Bytes of one trace of engine W: 32 lanes of 16 bytes.
+pub const TRACE_BYTES: u32 = 512;
+/// Texts that a VM may make before the host clears them all, and one more for every 2^20 steps.
+pub const TEXTS_PER_VM: u32 = 1024;
+/// Traces that a VM may make, and one more for every 2^10 steps.
+pub const TRACES_PER_VM: u32 = 1 << 16;
+/// Bytes of shared memory that each warp of engine W needs.
+pub const WARP_BYTES: u32 = 1536;
+
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;
 /// Frame table entry: the frame number.
@@ -301,6 +312,10 @@ pub struct Ram {
     pub code_hand: u32,
     /// Padding.
     pub reserved: u32,
+    /// Engine W: texts that this VM has made.
+    pub texts_made: u32,
+    /// Engine W: traces that this VM has made.
+    pub traces_made: u32,
 }
 
 /// One virtual machine: all that a slice reads and writes, apart from frames and mailbox.
@@ -395,8 +410,22 @@ pub struct Pool {
     pub code_ptr: u64,
     /// Code pages that each VM may have for frames of its own; at most `CODE_PAGES_PER_VM`.
     pub code_pages_per_vm: u32,
-    /// Padding.
-    pub reserved: u32,
+    /// Engine W: texts made so far (may count beyond the capacity).
+    pub text_count: u32,
+    /// Engine W: texts, see `kernels/trace.cuh`.
+    pub text_ptr: u64,
+    /// Engine W: hash table of texts (`u32` each): text plus one, or 0.
+    pub text_table_ptr: u64,
+    /// Engine W: traces of 32 lanes of 16 bytes.
+    pub trace_ptr: u64,
+    /// Engine W: texts there is room for.
+    pub text_capacity: u32,
+    /// Engine W: size of the hash table, a power of two.
+    pub text_slots: u32,
+    /// Engine W: traces there is room for.
+    pub trace_capacity: u32,
+    /// Engine W: traces made so far (may count beyond the capacity).
+    pub trace_count: u32,
 }
 
 /// One entry of the list of VMs that a GPU launch runs.
@@ -455,6 +484,6 @@ pub struct SliceResult {
     pub last_trap: [u32; 3],
     /// Code pages for frames of the VM's own.
     pub code_pages: u32,
-    /// Padding.
-    pub reserved: u32,
+    /// Engine W: 1 if there is no room for more texts or traces: the host should clear them.
+    pub code_full: u32,
 }

@@ -1,11 +1,17 @@
 //! The emulator's command line.
 
 pub mod bench;
+#[cfg(unix)]
 pub mod console;
 pub mod fleet;
 pub mod live;
+pub mod load;
+pub mod lockstep;
 mod machines;
+pub mod pcap;
+#[cfg_attr(not(unix), allow(dead_code, reason = "there is no control socket to ask"))]
 mod progress;
+mod web;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,6 +20,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use emulator::backend::cuda::Gpus;
 use emulator::console::place::{self, Place};
 use emulator::fleet::capacity::parse_size;
+use emulator::net::fault::Fault;
+use emulator::net::policy::{Policy, Service, Services};
+use emulator::net::rate::Limits;
+use emulator::web::bind::Choice as WebChoice;
 
 /// A fleet of RV32IMA Linux virtual machines in one GPU, or on the CPU.
 #[derive(Debug, Parser)]
@@ -31,21 +41,36 @@ pub enum Command {
     Fleet(FleetArgs),
     /// Boot fleets of several sizes, one after the other, and measure.
     Bench(BenchArgs),
+    /// Boot the same VMs on the CPU and on a GPU, and compare them bit for bit on the way.
+    Lockstep(LockstepArgs),
+    /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
+    Load(LoadArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
+    #[cfg(unix)]
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
+    #[cfg(unix)]
     Status(StatusArgs),
+    /// Keep VMs of a running fleet from running.
+    #[cfg(unix)]
+    Pause(ActArgs),
+    /// Let paused VMs go on.
+    #[cfg(unix)]
+    Resume(ActArgs),
+    /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    #[cfg(unix)]
+    Reset(ActArgs),
 }
 
 /// `emulator fleet`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct FleetArgs {
     /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
     #[arg(long, value_name = "DIR")]
     pub image: PathBuf,
 
-    /// Number of VMs; they are numbered from 0.
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    /// Number of VMs, which are numbered from 0; max: as many as memory and ports allow.
+    #[arg(long, value_name = "N|max", default_value = "16", value_parser = vm_count)]
     pub vms: u32,
 
     /// RAM of each VM, as in 16M [default: what the image was made for].
@@ -56,13 +81,23 @@ pub struct FleetArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1, or not at all.
+    /// How the VMs' network reaches the host (docs/network.md).
     #[arg(long, value_enum, default_value_t = NetMode::User)]
     pub net: NetMode,
 
     /// VM N's web server is reached on port BASE + N of 127.0.0.1.
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
+
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token, which is printed,
+    /// or taken from the variable LINUX_ON_GPU_TOKEN.
+    #[arg(long, value_name = "ADDR|off")]
+    pub web: Option<WebChoice>,
+
+    /// What the network allows, shows and breaks.
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// Guest time after the boot: with the wall clock, or with executed instructions, jumping over idle times.
     #[arg(long, value_enum, default_value_t = Time::Real)]
@@ -89,6 +124,51 @@ pub struct FleetArgs {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// What the network allows, shows and breaks.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkArgs {
+    /// Write all packets to a file for Wireshark, or only VM N's.
+    #[arg(long, value_name = "FILE[:N]")]
+    pub pcap: Option<pcap::Wanted>,
+
+    /// Keep VMs from reaching one another.
+    #[arg(long)]
+    pub isolate: bool,
+
+    /// Let VMs use a TCP service of this host: port HOST of 127.0.0.1, at port GUEST of 10.77.0.1. May be repeated.
+    #[arg(long = "service", value_name = "HOST:GUEST")]
+    pub services: Vec<Service>,
+
+    /// Packets a second that a VM may send, and get; 0: no limit.
+    #[arg(long, value_name = "K", default_value_t = Limits::default().packets)]
+    pub rate_packets: u64,
+
+    /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit.
+    #[arg(long, value_name = "SIZE", value_parser = rate_size, default_value = "128M")]
+    pub rate_bytes: u64,
+
+    /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
+    #[arg(long, value_name = "mac|arp|checksum[:N]")]
+    pub fault: Option<Fault>,
+}
+
+impl NetworkArgs {
+    /// For the bridge.
+    pub fn policy(&self) -> Result<Policy, String> {
+        Ok(Policy {
+            services: Services::new(&self.services)?,
+            isolated: self.isolate,
+            limits: Limits { packets: self.rate_packets, bytes: self.rate_bytes },
+            fault: self.fault,
+        })
+    }
+}
+
+fn rate_size(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { parse_size(text) }
 }
 
 /// Where the VMs run, and how.
@@ -172,7 +252,91 @@ pub struct BenchArgs {
     pub commit: Option<String>,
 }
 
+/// `emulator lockstep`.
+#[derive(Debug, Args)]
+pub struct LockstepArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Number of VMs.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// RAM of each VM, as in 16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ram: Option<u64>,
+
+    /// Steps of each VM.
+    #[arg(long, value_name = "STEPS", default_value_t = 12_000_000)]
+    pub steps: u64,
+
+    /// Steps between two comparisons.
+    #[arg(long, value_name = "STEPS", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub every: u64,
+
+    /// The guests' randomness comes from this number.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    pub seed: u64,
+
+    /// GPUs that share the VMs, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "0")]
+    pub gpus: Gpus,
+
+    /// Registers of each GPU thread [default: by the fleet's size].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]
+    pub gpu_registers: Option<u32>,
+
+    /// Where both states go if they differ.
+    #[arg(long, value_name = "DIR", default_value = "lockstep-mismatch")]
+    pub mismatch: PathBuf,
+}
+
+/// `emulator load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// VMs to ask, from VM 0 on.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// Connections at once.
+    #[arg(long, value_name = "K", default_value_t = 64)]
+    pub connections: usize,
+
+    /// Threads that share them.
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    pub threads: usize,
+
+    /// For how long to ask.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub seconds: f64,
+
+    /// Requests a second [default: each connection asks again as soon as it was answered].
+    #[arg(long, value_name = "K", value_parser = rate)]
+    pub rate: Option<f64>,
+
+    /// Ask again on the same connection instead of a new one.
+    #[arg(long)]
+    pub keep_alive: bool,
+
+    /// Ask the VMs at their own addresses; needs --net tun.
+    #[arg(long)]
+    pub direct: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=1e7).contains(&rate) => Ok(rate),
+        _ => Err("expected a number of requests a second".into()),
+    }
+}
+
 /// Which fleet is meant.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct FleetChoice {
     /// The fleet's first port.
@@ -185,6 +349,7 @@ pub struct FleetChoice {
 }
 
 /// `emulator console`.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct ConsoleArgs {
     /// Number of the VM.
@@ -201,8 +366,26 @@ pub struct ConsoleArgs {
 }
 
 /// `emulator status`.
+#[cfg(unix)]
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
+    #[arg(value_name = "N")]
+    pub vm: Option<u32>,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// `emulator pause`, `resume` and `reset`.
+#[cfg(unix)]
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
@@ -217,6 +400,9 @@ pub enum Backend {
     Cuda,
     /// The CPU.
     Cpu,
+    /// No machine at all: what answers is a stub, to measure what stands before it.
+    #[value(hide = true)]
+    Stub,
 }
 
 /// How the network reaches the host.
@@ -224,6 +410,12 @@ pub enum Backend {
 pub enum NetMode {
     /// Host sockets on 127.0.0.1; needs no privileges.
     User,
+    /// A network device: VMs' own addresses 10.77.0.2 and up too; needs CAP_NET_ADMIN.
+    #[cfg(target_os = "linux")]
+    Tun,
+    /// WinDivert, as in the talk; needs an Administrator and WinDivert.dll.
+    #[cfg(windows)]
+    Windivert,
     /// Nothing is attached to the VMs' network devices.
     Off,
 }
@@ -262,6 +454,16 @@ impl FromStr for Until {
     }
 }
 
+/// `--vms max`.
+pub const MAX_VMS: u32 = u32::MAX;
+
+fn vm_count(text: &str) -> Result<u32, String> {
+    match text {
+        "max" => Ok(MAX_VMS),
+        _ => text.parse().map_err(|_| "expected a number of VMs, or max".into()),
+    }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=1e9).contains(&seconds) => Ok(seconds),
@@ -291,6 +493,7 @@ mod tests {
             ["--port-base", "70000"],
             ["--ram", "8X"],
             ["--vms", "-1"],
+            ["--web", "here"],
         ] {
             assert!(
                 Cli::try_parse_from(["emulator", "fleet", "--image", "x", bad[0], bad[1]]).is_err(),

@@ -9,3 +9,4 @@ pub mod mailbox;
 pub mod memory;
 pub mod net;
 pub mod report;
+pub mod web;

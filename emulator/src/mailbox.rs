@@ -106,9 +106,13 @@ impl<'a> MailboxRef<'a> {
     /// Takes the next frame that the guest sent. A slot whose length is out of bounds is skipped.
     pub fn take_frame(&self, into: &mut [u8; ETH_FRAME_BYTES as usize]) -> Option<usize> {
         loop {
-            let tail = word!(self.tx_tail).load(Relaxed);
-            if word!(self.tx_head).load(Acquire) == tail {
+            let (head, mut tail) = (word!(self.tx_head).load(Acquire), word!(self.tx_tail).load(Relaxed));
+            if head == tail {
                 return None;
+            }
+            if head.wrapping_sub(tail) > NET_SLOTS {
+                // No machine does this. The ring holds no more than its slots, whatever the index says.
+                tail = head.wrapping_sub(NET_SLOTS);
             }
             // SAFETY: the slot at `tail` is the host's until `tail` moves; the length is checked before use.
             let len = unsafe {

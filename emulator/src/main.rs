@@ -22,8 +22,18 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         cli::Command::Fleet(args) => cli::fleet::run(args, started),
         cli::Command::Bench(args) => cli::bench::run(args),
+        cli::Command::Lockstep(args) => cli::lockstep::run(args),
+        cli::Command::Load(args) => cli::load::run(args),
+        #[cfg(unix)]
         cli::Command::Console(args) => cli::console::console(args),
+        #[cfg(unix)]
         cli::Command::Status(args) => cli::console::status(args),
+        #[cfg(unix)]
+        cli::Command::Pause(args) => cli::console::act(args, "pause"),
+        #[cfg(unix)]
+        cli::Command::Resume(args) => cli::console::act(args, "resume"),
+        #[cfg(unix)]
+        cli::Command::Reset(args) => cli::console::act(args, "reset"),
     };
     match result {
         Ok(code) => code,

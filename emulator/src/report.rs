@@ -1,5 +1,6 @@
 //! The JSON report of a run. Keys are stable; docs/report.md says what they mean.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::fleet::{Fleet, Life, VmStatus};
+use crate::net::counters::Snapshot;
 
 /// Failures that are listed at most; `failures_total` counts all.
 const FAILURES: usize = 64;
@@ -102,7 +104,7 @@ pub struct Memory {
 }
 
 /// Frames.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Net {
     /// Given to guests.
     pub packets_in: u64,
@@ -110,6 +112,8 @@ pub struct Net {
     pub packets_out: u64,
     /// Dropped on the way.
     pub drops: u64,
+    /// Those of them that the bridge dropped, by reason (docs/network.md).
+    pub drops_by_reason: BTreeMap<&'static str, u64>,
 }
 
 /// The image.
@@ -162,7 +166,7 @@ impl Report {
     }
 
     /// Adds what the fleet has come to.
-    pub fn add_fleet(&mut self, fleet: &Fleet, boot: Boot, bridge_drops: u64) {
+    pub fn add_fleet(&mut self, fleet: &Fleet, boot: Boot, bridge: &Snapshot) {
         let totals = fleet.totals();
         self.backend = Some(fleet.backend());
         self.engine = Some(fleet.engine());
@@ -208,7 +212,12 @@ impl Report {
         self.net = Net {
             packets_in: totals.counters.rx_frames,
             packets_out: totals.counters.tx_frames,
-            drops: totals.counters.dropped + bridge_drops,
+            drops: totals.counters.dropped + bridge.drops_total(),
+            drops_by_reason: bridge
+                .drops()
+                .filter(|(_, count)| *count > 0)
+                .map(|(reason, count)| (reason.name(), count))
+                .collect(),
         };
     }
 
@@ -235,8 +244,8 @@ impl Report {
         let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
         file.write_all(self.to_json().as_bytes())?;
         file.as_file().sync_all()?;
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        file.as_file().set_permissions(mode)?;
+        #[cfg(unix)]
+        file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
         file.persist(path)?;
         Ok(())
     }

@@ -7,7 +7,7 @@ mod common;
 
 use std::path::Path;
 
-use common::Bench;
+use common::{Bench, By};
 use emulator::abi::*;
 use emulator::guest::GuestImage;
 
@@ -48,10 +48,13 @@ fn run(b: &mut Bench, budget: u64, until: u64, console: &mut Vec<u8>) {
 #[test]
 fn boots_alike_in_all_slices() {
     let Some(image) = image() else { return };
-    // the last one runs on step(), which keeps no translations and decodes each instruction anew
-    const SLICES: [u64; 5] = [1_000_000, 65_537, 4_999, 701, 1_000_000];
+    // step() keeps no translations and decodes each instruction anew; Warp is the GPU's engine W
+    const SLICES: [u64; 7] = [1_000_000, 65_537, 4_999, 701, 1_000_000, 1_000_000, 4_999];
+    let by = [By::Threaded, By::Threaded, By::Threaded, By::Threaded, By::Step, By::Warp, By::Warp];
     let mut benches: Vec<(Bench, Vec<u8>)> = SLICES.iter().map(|_| (bench(&image), Vec::new())).collect();
-    benches[SLICES.len() - 1].0.by_step = true;
+    for ((b, _), by) in benches.iter_mut().zip(by) {
+        b.by = by;
+    }
     let mut ready = None;
     for until in (1..=24).map(|i| i * 1_000_000) {
         for ((b, console), budget) in benches.iter_mut().zip(SLICES) {

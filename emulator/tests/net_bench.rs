@@ -8,6 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use emulator::backend::stub::Page;
 use emulator::net::user::{Limits, UserBridge};
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
@@ -20,16 +21,15 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
 /// Microseconds of the bridge's processor time per request, at most: 5,000 requests/s take one core.
 const MOST: f64 = 200.0;
 
-fn answer() -> Vec<u8> {
-    let page = vec![b'x'; 400];
-    [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", page.len()).as_bytes(), &page].concat()
+fn page() -> Page {
+    Page::new(400)
 }
 
 fn stubs(vms: u32, close: bool) -> (UserBridge, Stubs) {
     let links = FakeLinks::new(vms);
     let mut bridge = bind_anywhere(vms, Limits::default());
     bridge.start(links.clone()).unwrap();
-    (bridge, Stubs::start(links, answer(), close))
+    (bridge, Stubs::start(links, page(), close))
 }
 
 /// Processor time of this process's threads: of the bridge's, and of all.
@@ -59,7 +59,7 @@ struct Client {
 /// what else runs on the machine.
 fn load(name: &str, bridge: &UserBridge, clients: usize, total: usize, close: bool) -> f64 {
     let ports = bridge.config().ports;
-    let expected = answer().len();
+    let expected = page().answer().len();
     let mut poll = Poll::new().unwrap();
     let mut events = Events::with_capacity(1024);
     let connect = |poll: &Poll, slot: usize, n: usize| {

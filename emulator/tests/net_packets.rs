@@ -2,11 +2,14 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::time::{Duration, Instant};
 
 use emulator::net::address::{BROADCAST_MAC, HOST_IP, HOST_MAC, MAX_VMS, ip_of, mac_of};
+use emulator::net::gateway::Gateway;
 use emulator::net::packet::{Ethernet, FRAME_MAX, FrameBuf, Ipv4, MTU};
+use emulator::net::policy::{Service, Services};
 use emulator::net::reason::Reason;
-use emulator::net::rewrite::{Flow, PacketBuf, Ports, ToVm, frame_to_vm, readdress, to_host, to_vm};
+use emulator::net::rewrite::{PacketBuf, Ports, frame_to_vm, readdress};
 use emulator::net::switch::{Verdict, decide};
 use etherparse::{IpNumber, Ipv4Header, PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
@@ -14,6 +17,20 @@ use proptest::prelude::*;
 const PORTS: Ports = Ports { base: 4000, vms: 64, guest: 80 };
 const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 9);
 const SERVED: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 1);
+
+fn gateway() -> Gateway {
+    let services = Services::new(&[Service { host: 5432, guest: 15_432 }]).unwrap();
+    Gateway::new(PORTS, services)
+}
+
+/// The way of a VM's frame to the host: through the switch, then the gateway.
+fn to_host(gateway: &mut Gateway, frame: &[u8], vm: u32, out: &mut PacketBuf) -> Result<usize, Reason> {
+    match decide(vm, PORTS.vms, frame, &mut [0; FRAME_MAX]) {
+        Verdict::Host(ip) => gateway.from_vm(vm, &ip, out, Instant::now()),
+        Verdict::Drop(reason) => Err(reason),
+        verdict => panic!("not to the host: {verdict:?}"),
+    }
+}
 
 /// The checksums that a packet should have, computed from scratch by etherparse.
 fn with_full_checksums(packet: &[u8]) -> Vec<u8> {
@@ -70,8 +87,8 @@ fn frame_from(vm: u32, packet: &[u8]) -> Vec<u8> {
 #[test]
 fn a_host_packet_becomes_the_vms_frame() {
     let mut frame = [0; FRAME_MAX];
-    let ToVm { vm, len, flow } = to_vm(&http(5), &PORTS, &mut frame).unwrap();
-    assert_eq!((vm, flow), (5, Flow { client: CLIENT, served: SERVED }));
+    let (vm, len) = gateway().from_host(&http(5), &mut frame, Instant::now()).unwrap();
+    assert_eq!(vm, 5);
     let ethernet = Ethernet::parse(&frame[..len]).unwrap();
     assert_eq!((ethernet.dst, ethernet.src), (mac_of(5).unwrap(), HOST_MAC));
     let ip = Ipv4::parse(ethernet.payload).unwrap();
@@ -85,7 +102,8 @@ fn a_host_packet_becomes_the_vms_frame() {
 #[test]
 fn typed_errors_of_rewriting() {
     let mut frame = [0; FRAME_MAX];
-    let mut refused = |packet: &[u8]| to_vm(packet, &PORTS, &mut frame).unwrap_err();
+    let mut gateway = gateway();
+    let mut refused = |packet: &[u8]| gateway.from_host(packet, &mut frame, Instant::now()).unwrap_err();
     let good = http(3);
 
     assert_eq!(refused(&[]), Reason::Truncated);
@@ -126,7 +144,17 @@ fn typed_errors_of_rewriting() {
     packet.extend_from_slice(&good[20..]);
     assert_eq!(refused(&packet), Reason::Options);
 
-    let mut lying = udp(SocketAddrV4::new(CLIENT, 1), SocketAddrV4::new(SERVED, 4000), b"abc");
+    let datagram =
+        |from: Ipv4Addr, to: Ipv4Addr| udp(SocketAddrV4::new(from, 1), SocketAddrV4::new(to, 53), b"abc");
+    assert_eq!(refused(&datagram(CLIENT, SERVED)), Reason::Protocol, "only TCP has ports here");
+    assert_eq!(refused(&datagram(CLIENT, ip_of(3).unwrap())), Reason::WrongSourceIp);
+    assert_eq!(refused(&datagram(HOST_IP, ip_of(64).unwrap())), Reason::UnknownDestination);
+    assert_eq!(refused(&datagram(HOST_IP, Ipv4Addr::new(224, 0, 0, 251))), Reason::Multicast);
+    assert_eq!(refused(&datagram(HOST_IP, Ipv4Addr::new(10, 77, 255, 255))), Reason::Broadcast);
+    let from_loopback =
+        |port| tcp(SocketAddrV4::new(SERVED, port), SocketAddrV4::new(ip_of(3).unwrap(), 9), 0, 0, 9, b"");
+    assert_eq!(refused(&from_loopback(5431)), Reason::Port, "not a listed service");
+    let mut lying = datagram(HOST_IP, ip_of(3).unwrap());
     lying[25] += 1;
     assert_eq!(refused(&lying), Reason::Malformed, "UDP length beyond the packet");
 }
@@ -134,11 +162,12 @@ fn typed_errors_of_rewriting() {
 #[test]
 fn typed_errors_of_the_way_back() {
     let mut packet = [0; MTU];
-    let flow = Flow { client: CLIENT, served: SERVED };
+    let mut gateway = gateway();
+    gateway.from_host(&http(3), &mut [0; FRAME_MAX], Instant::now()).unwrap();
     let answer =
         tcp(SocketAddrV4::new(ip_of(3).unwrap(), 80), SocketAddrV4::new(HOST_IP, 50_123), 1, 2, 64, b"ok");
     let good = frame_from(3, &answer);
-    let mut refused = |frame: &[u8], vm| to_host(frame, vm, &PORTS, flow, &mut packet).unwrap_err();
+    let mut refused = |frame: &[u8], vm| to_host(&mut gateway, frame, vm, &mut packet).unwrap_err();
     assert_eq!(refused(&good, 4), Reason::WrongSourceMac);
     assert_eq!(refused(&good[..13], 3), Reason::Truncated);
     assert_eq!(refused(&frame_from(4, &answer), 4), Reason::WrongSourceIp);
@@ -147,14 +176,19 @@ fn typed_errors_of_the_way_back() {
         frame[range].copy_from_slice(with);
         frame
     };
-    assert_eq!(refused(&edit(0..6, &mac_of(9).unwrap()), 3), Reason::UnknownDestination);
+    assert_eq!(refused(&edit(0..6, &[2, 0x4c, 0x47, 9, 9, 9]), 3), Reason::UnknownDestination);
     assert_eq!(refused(&edit(12..14, &[0x81, 0]), 3), Reason::Vlan);
     assert_eq!(refused(&edit(12..14, &[0x86, 0xdd]), 3), Reason::EtherType);
     assert_eq!(refused(&[good.clone(), vec![0; 1500]].concat(), 3), Reason::Oversized);
     let other = tcp(SocketAddrV4::new(ip_of(3).unwrap(), 80), SocketAddrV4::new(CLIENT, 1), 1, 2, 64, b"");
     assert_eq!(refused(&frame_from(3, &other), 3), Reason::UnknownDestination);
     let ssh = tcp(SocketAddrV4::new(ip_of(3).unwrap(), 22), SocketAddrV4::new(HOST_IP, 1), 1, 2, 64, b"");
-    assert_eq!(refused(&frame_from(3, &ssh), 3), Reason::Port);
+    assert_eq!(refused(&frame_from(3, &ssh), 3), Reason::NoConnection);
+    let dns = udp(SocketAddrV4::new(ip_of(3).unwrap(), 9), SocketAddrV4::new(HOST_IP, 53), b"");
+    assert_eq!(refused(&frame_from(3, &dns), 3), Reason::Protocol);
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    assert_eq!(refused(&damaged, 3), Reason::Checksum);
 }
 
 fn arp(vm: u32, operation: u16, sender: Ipv4Addr, target: Ipv4Addr, to: [u8; 6]) -> Vec<u8> {
@@ -274,9 +308,10 @@ fn the_host_side_answers_pings() {
     assert_eq!(dropped(3, &frame_from(3, &damaged)), Reason::Checksum);
     let builder =
         PacketBuilder::ipv4(ip_of(3).unwrap().octets(), HOST_IP.octets(), 3).icmpv4_echo_reply(1, 2);
-    let mut unasked = Vec::new();
-    builder.write(&mut unasked, b"").unwrap();
-    assert_eq!(dropped(3, &frame_from(3, &unasked)), Reason::Protocol);
+    // The host may have asked: its transport knows.
+    let mut answer = Vec::new();
+    builder.write(&mut answer, b"").unwrap();
+    assert!(matches!(decide(3, 64, &frame_from(3, &answer), &mut reply), Verdict::Host(_)));
 }
 
 fn any_tcp() -> impl Strategy<Value = Vec<u8>> {
@@ -342,20 +377,21 @@ proptest! {
         let segment = ip.segment().unwrap();
         // From the client to the VM's port, then the same bytes back from the VM: ends swapped, nothing else changed.
         let mut request = vec![0; packet.len()];
-        let served = SocketAddrV4::new(ip.dst(), 4000 + vm as u16);
+        let served = SocketAddrV4::new(SERVED, 4000 + vm as u16);
         readdress(&ip, &mut request, SocketAddrV4::new(ip.src(), segment.src_port), served).unwrap();
         let mut frame: FrameBuf = [0; FRAME_MAX];
-        let to = to_vm(&request, &PORTS, &mut frame).unwrap();
-        prop_assert_eq!(to.vm, vm);
+        let mut gateway = gateway();
+        let (to, len) = gateway.from_host(&request, &mut frame, Instant::now()).unwrap();
+        prop_assert_eq!(to, vm);
 
-        let inner = Ipv4::parse(&frame[14..to.len]).unwrap();
+        let inner = Ipv4::parse(&frame[14..len]).unwrap();
         let inner_segment = inner.segment().unwrap();
         let mut answer = vec![0; packet.len()];
         let from_vm = SocketAddrV4::new(inner.dst(), inner_segment.dst_port);
         let to_lan = SocketAddrV4::new(inner.src(), inner_segment.src_port);
         readdress(&inner, &mut answer, from_vm, to_lan).unwrap();
         let mut back: PacketBuf = [0; MTU];
-        let len = to_host(&frame_from(vm, &answer), vm, &PORTS, to.flow, &mut back).unwrap();
+        let len = to_host(&mut gateway, &frame_from(vm, &answer), vm, &mut back).unwrap();
 
         let mut expected = vec![0; packet.len()];
         readdress(&ip, &mut expected, served, SocketAddrV4::new(ip.src(), segment.src_port)).unwrap();
@@ -413,22 +449,49 @@ fn hostile() -> impl Strategy<Value = Vec<u8>> {
 fn hostile_frames_do_no_harm() {
     let cases = std::env::var("HOSTILE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(20_000);
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
-    let mut reply = [0; FRAME_MAX];
-    let mut frame_out = [0; FRAME_MAX];
-    let mut packet_out = [0; MTU];
-    let reply = std::cell::RefCell::new((&mut reply, &mut frame_out, &mut packet_out));
+    struct State {
+        reply: FrameBuf,
+        frame: FrameBuf,
+        packet: PacketBuf,
+        gateway: Gateway,
+        now: Instant,
+    }
+    let state = State {
+        reply: [0; FRAME_MAX],
+        frame: [0; FRAME_MAX],
+        packet: [0; MTU],
+        gateway: gateway(),
+        now: Instant::now(),
+    };
+    let state = std::cell::RefCell::new(state);
     proptest!(config, |(frame in hostile(), vms in 0..128_u32)| {
-        let mut buffers = reply.borrow_mut();
-        let (reply, frame_out, packet_out) = &mut *buffers;
+        let state = &mut *state.borrow_mut();
+        state.now += Duration::from_millis(10);
         let honest = frame.len() >= 14 && frame[6..12] == mac_of(3).unwrap();
-        match decide(3, vms, &frame, reply) {
+        match decide(3, vms, &frame, &mut state.reply) {
             Verdict::Drop(_) => {}
-            Verdict::Reply(len) => prop_assert!(honest && len <= FRAME_MAX && reply[..6] == mac_of(3).unwrap()),
+            Verdict::Reply(len) => {
+                prop_assert!(honest && len <= FRAME_MAX && state.reply[..6] == mac_of(3).unwrap());
+            }
             Verdict::Forward(vm) => prop_assert!(honest && vm < vms && vm != 3),
-            Verdict::Host(ip) => prop_assert!(honest && ip.dst() == HOST_IP && ip.src() == ip_of(3).unwrap()),
+            Verdict::Host(ip) => {
+                prop_assert!(honest && ip.dst() == HOST_IP && ip.src() == ip_of(3).unwrap());
+                if let Ok(len) = state.gateway.from_vm(3, &ip, &mut state.packet, state.now) {
+                    // Only to who has asked, or to a service that is listed.
+                    let out = Ipv4::parse(&state.packet[..len]).unwrap();
+                    prop_assert!(
+                        out.protocol() == 1 || out.dst() == HOST_IP || out.dst() == SERVED || out.dst() == CLIENT
+                    );
+                }
+            }
         }
-        let _ = to_host(&frame, 3, &PORTS, Flow { client: CLIENT, served: SERVED }, packet_out);
-        let _ = to_vm(frame.get(14..).unwrap_or(&[]), &PORTS, frame_out);
-        let _ = to_vm(&frame, &PORTS, frame_out);
+        for packet in [frame.get(14..).unwrap_or(&[]), &frame] {
+            if let Ok((vm, len)) = state.gateway.from_host(packet, &mut state.frame, state.now) {
+                let ethernet = Ethernet::parse(&state.frame[..len]).unwrap();
+                prop_assert!(vm < PORTS.vms && ethernet.dst == mac_of(vm).unwrap() && ethernet.src == HOST_MAC);
+                let out = Ipv4::parse(ethernet.payload).unwrap();
+                prop_assert_eq!((out.src(), out.dst()), (HOST_IP, ip_of(vm).unwrap()));
+            }
+        }
     });
 }

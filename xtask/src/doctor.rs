@@ -125,7 +125,18 @@ fn library_of_nvrtc() -> Option<PathBuf> {
 }
 
 fn show(root: &Path) -> miette::Result<()> {
-    let checks = [system(), cores(), memory(), disk(root), compiler(), packages(), tun(), driver(), nvrtc()];
+    let checks = [
+        system(),
+        cores(),
+        memory(),
+        disk(root),
+        compiler(),
+        packages(),
+        tun(),
+        terminal(),
+        driver(),
+        nvrtc(),
+    ];
     for check in &checks {
         let mark = match check.verdict {
             Verdict::Good => "ok     ",
@@ -218,7 +229,22 @@ fn tun() -> Check {
         verdict: Verdict::Good,
         what: "/dev/net/tun",
         found: if there { "there" } else { "not there" }.into(),
-        purpose: "nothing yet: the network needs no privileges (--net user)",
+        purpose: "--net tun, which needs CAP_NET_ADMIN; --net user needs neither",
+    }
+}
+
+fn terminal() -> Check {
+    let found = host::find("npm");
+    let root = rustix::process::geteuid().is_root();
+    Check {
+        verdict: if found.is_some() { Verdict::Good } else { Verdict::Note },
+        what: "npm",
+        found: match found {
+            Some(path) => path.display().to_string(),
+            None if root => "the first run installs it".into(),
+            None => "none; sudo apt-get install npm".into(),
+        },
+        purpose: "getting the page's terminal, once; without it the page has none",
     }
 }
 

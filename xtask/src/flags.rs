@@ -25,11 +25,17 @@ pub enum Command {
     /// Build a guest image: kernel, initrd, device tree and manifest.
     Image(ImageArgs),
     /// Boot a fleet and serve it until Ctrl-C, building first what is missing.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
     Console(ConsoleArgs),
     /// Print what a running fleet does, as JSON.
     Status(StatusArgs),
+    /// Keep VMs of a running fleet from running.
+    Pause(ActArgs),
+    /// Let paused VMs go on.
+    Resume(ActArgs),
+    /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
+    Reset(ActArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor(DoctorArgs),
     /// Run all checks and tests; installs what they need, and says what it skips and why.
@@ -166,6 +172,10 @@ pub struct ImageArgs {
     /// Write the files for Buildroot by hand (configs/, board/) from profiles, pieces and overlays, and build nothing.
     #[arg(long)]
     pub write_defconfigs: bool,
+    /// Leave the host's ARP entry or all routes out, in all VMs or in VM N (docs/debugging-the-network.md); the image
+    /// lands in out/PROFILE-fault-NAME/.
+    #[arg(long, value_name = "arp|route[:N]")]
+    pub fault: Option<String>,
 }
 
 /// The builders on the command line.
@@ -203,21 +213,35 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["profile", "ram", "builder"])]
     pub image: Option<PathBuf>,
 
-    /// Number of VMs; they are numbered from 0 [default: the profile's].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub vms: Option<u32>,
+    /// Number of VMs, which are numbered from 0; max: as many as memory and ports allow [default: the profile's].
+    #[arg(long, value_name = "N|max", value_parser = vm_count)]
+    pub vms: Option<String>,
 
     /// Where the VMs run; auto takes a GPU if there is one that this build can use.
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
 
-    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), or not at all (off) [default: the profile's].
-    #[arg(long, value_parser = ["user", "off"])]
+    /// GPUs that share the fleet, by their numbers, or all of them [default: 0].
+    #[arg(long, value_name = "N,N...|all")]
+    pub gpus: Option<String>,
+
+    /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), a network device that needs privileges (tun), or
+    /// not at all (off) [default: the profile's].
+    #[arg(long, value_parser = ["user", "tun", "off"])]
     pub net: Option<String>,
+
+    /// What the network allows, shows and breaks.
+    #[command(flatten)]
+    pub network: NetworkArgs,
 
     /// VM N's web server is reached at http://127.0.0.1:(BASE + N)/.
     #[arg(long, value_name = "BASE", default_value_t = 4000)]
     pub port_base: u16,
+
+    /// Where the page with all VMs is served: an address, a port of 127.0.0.1, or off [default: 127.0.0.1, the first
+    /// free port from 8080 on; off with --until ready or http]. Beyond loopback it demands a token: docs/web.md.
+    #[arg(long, value_name = "ADDR|off", value_parser = web)]
+    pub web: Option<String>,
 
     /// Guest time after the boot: with the wall clock (real), or with executed instructions, jumping over idle times
     /// (virtual) [default: the profile's].
@@ -251,6 +275,36 @@ pub struct RunArgs {
     pub state_dir: Option<PathBuf>,
 }
 
+/// What the network allows, shows and breaks. The emulator checks the values.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct NetworkArgs {
+    /// Write all packets to a file for Wireshark, or only VM N's.
+    #[arg(long, value_name = "FILE[:N]")]
+    pub pcap: Option<String>,
+
+    /// Keep VMs from reaching one another [default: the profile's].
+    #[arg(long)]
+    pub isolate: bool,
+
+    /// Let VMs use a TCP service of this host, beside those of the profile: port HOST of 127.0.0.1, at port GUEST of
+    /// 10.77.0.1. May be repeated.
+    #[arg(long = "service", value_name = "HOST:GUEST")]
+    pub services: Vec<String>,
+
+    /// Packets a second that a VM may send, and get; 0: no limit [default: 100000].
+    #[arg(long, value_name = "K")]
+    pub rate_packets: Option<u64>,
+
+    /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit [default: 128M].
+    #[arg(long, value_name = "SIZE")]
+    pub rate_bytes: Option<String>,
+
+    /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
+    #[arg(long, value_name = "mac|arp|checksum|route[:N]")]
+    pub fault: Option<String>,
+}
+
 /// Which running fleet is meant.
 #[derive(Debug, Args)]
 pub struct FleetChoice {
@@ -278,6 +332,22 @@ pub struct ConsoleArgs {
 /// `cargo xtask status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
+    #[arg(value_name = "N")]
+    pub vm: Option<u32>,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// `cargo xtask pause`, `resume` and `reset`.
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
@@ -311,7 +381,27 @@ pub struct TestArgs {
     pub no_install: bool,
 }
 
+/// As `until`.
+fn web(text: &str) -> Result<String, String> {
+    use std::net::{IpAddr, SocketAddr};
+    let address = text.parse::<SocketAddr>().is_ok() || text.parse::<IpAddr>().is_ok();
+    if text == "off" || text.parse::<u16>().is_ok() || address {
+        return Ok(text.to_owned());
+    }
+    Err("expected off, a port, or an address as in 127.0.0.1:8080".to_owned())
+}
+
 /// The emulator reads the value; a mistake should not wait for it.
+fn vm_count(text: &str) -> Result<String, String> {
+    match text {
+        "max" => Ok(text.into()),
+        _ => match text.parse::<u32>() {
+            Ok(1..) => Ok(text.into()),
+            _ => Err("expected a number of VMs from 1 on, or max".into()),
+        },
+    }
+}
+
 fn until(text: &str) -> Result<String, String> {
     let seconds = text.parse::<f64>().is_ok_and(|seconds| (0.0..=1e9).contains(&seconds));
     match text {

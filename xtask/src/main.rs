@@ -7,6 +7,7 @@ mod image;
 mod repo;
 mod run;
 mod test;
+mod xterm;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
         Command::Run(args) => run::command(&args),
         Command::Console(args) => run::console(&args),
         Command::Status(args) => run::status(&args),
+        Command::Pause(args) => run::act("pause", &args),
+        Command::Resume(args) => run::act("resume", &args),
+        Command::Reset(args) => run::act("reset", &args),
         Command::Doctor(args) => doctor::command(&args),
         Command::Test(args) => test::command(&args),
     };

@@ -1,26 +1,43 @@
-//! `cargo xtask run`, `console` and `status`: an image, the emulator, and what the user said.
+//! `cargo xtask run`, `console`, `status`, `pause`, `resume` and `reset`: an image, the emulator, and what the user said.
 
 use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
-use crate::flags::{ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, RunArgs, StatusArgs};
+use crate::image::fault::Fault;
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
 use crate::repo;
+use crate::xterm;
 
 /// `cargo xtask run`: builds what is missing, then becomes the emulator.
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
+    let fault = args.network.fault.as_deref().map(str::parse::<Fault>).transpose()?;
+    let fault_in_image = fault.and_then(|fault| fault.init);
     let (folder, manifest) = match &args.image {
+        Some(_) if fault_in_image.is_some() => {
+            return Err(miette::miette!(
+                help = "Build such an image with `cargo xtask image --fault`, and run that.",
+                "--fault arp and --fault route are faults of an image, and --image names one that is finished"
+            ));
+        }
         Some(dir) => image::given(dir)?,
         None => {
             // An image that is there is good, whoever built it.
-            let options = Options { keep: true, ..Options::from(&args.choice) };
+            let options = Options { keep: true, fault: fault_in_image, ..Options::from(&args.choice) };
             let image = image::ensure(&root, &args.choice.profile, &options)?;
             (image.dir, image.manifest)
         }
     };
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
+    // A run that ends by itself serves no page unless it is told to.
+    let ends = matches!(args.until.as_deref(), Some("ready" | "http"));
+    if args.web.as_deref().map_or(!ends, |web| web != "off")
+        && let Err(why) = xterm::ensure(&root, true, args.choice.quiet)
+    {
+        eprintln!("The page will have no terminal; the rest of it works. {why}");
+    }
     let emulator = emulator::build(&root, show)?;
     let defaults = &manifest.defaults;
     let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), folder.into()];
@@ -28,10 +45,17 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
         words.push(format!("--{flag}").into());
         words.push(value.to_string().into());
     };
-    give("vms", &args.vms.unwrap_or(defaults.vms));
+    match &args.vms {
+        Some(vms) => give("vms", vms),
+        None => give("vms", &defaults.vms),
+    }
     give("backend", &args.backend);
+    if let Some(gpus) = &args.gpus {
+        give("gpus", gpus);
+    }
     let net = match defaults.net {
         Net::User => "user",
+        Net::Tun => "tun",
         Net::Off => "off",
     };
     give("net", &args.net.as_deref().unwrap_or(net));
@@ -45,8 +69,28 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     if let Some(threads) = args.threads {
         give("threads", &threads);
     }
+    if let Some(web) = &args.web {
+        give("web", web);
+    }
     if let Some(until) = &args.until {
         give("until", until);
+    }
+    let network = &args.network;
+    for service in defaults.services.iter().chain(&network.services) {
+        give("service", service);
+    }
+    if let Some(packets) = network.rate_packets {
+        give("rate-packets", &packets);
+    }
+    let bridge_fault = network.fault.as_ref().filter(|_| fault.is_some_and(|fault| fault.bridge));
+    for (flag, value) in [
+        ("pcap", network.pcap.as_ref()),
+        ("rate-bytes", network.rate_bytes.as_ref()),
+        ("fault", bridge_fault),
+    ] {
+        if let Some(value) = value {
+            give(flag, value);
+        }
     }
     if let Some(seed) = args.seed {
         give("seed", &seed);
@@ -55,6 +99,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
         if let Some(path) = path {
             words.extend([flag.into(), path.into()]);
         }
+    }
+    if network.isolate || defaults.isolate {
+        words.push("--isolate".into());
     }
     if args.choice.quiet {
         words.push("--quiet".into());
@@ -69,7 +116,13 @@ pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
 
 /// `cargo xtask status`.
 pub fn status(args: &StatusArgs) -> miette::Result<()> {
-    attach(vec!["status".into()], &args.fleet)
+    let vm = args.vm.map(|vm| vm.to_string().into());
+    attach(["status".into()].into_iter().chain(vm).collect(), &args.fleet)
+}
+
+/// `cargo xtask pause`, `resume` and `reset`.
+pub fn act(action: &str, args: &ActArgs) -> miette::Result<()> {
+    attach(vec![action.into(), args.vms.clone().into()], &args.fleet)
 }
 
 fn attach(mut words: Vec<OsString>, fleet: &FleetChoice) -> miette::Result<()> {

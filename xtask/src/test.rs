@@ -11,6 +11,7 @@ use crate::flags::TestArgs;
 use crate::image::cache::Cache;
 use crate::image::direct::host;
 use crate::repo;
+use crate::xterm;
 
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
@@ -70,7 +71,8 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let root = repo::root()?;
     let start = Instant::now();
     let mut tally = Tally::default();
-    let tools = Tools { install: !args.no_install, folder: Cache::open()?.root().join("test-tools") };
+    let tools =
+        Tools { install: !args.no_install, quiet: false, folder: Cache::open()?.root().join("test-tools") };
 
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -88,6 +90,19 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
         println!("note    the comparison with QEMU will be skipped: {why}");
     }
+    for (program, package) in [("ip", "iproute2"), ("curl", "curl")] {
+        if let Err(why) = tools.package(program, package) {
+            println!("note    the tests of --net tun will be skipped: {why}");
+        }
+    }
+    if let Err(why) = tools.package("chromium", "chromium") {
+        println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
+    }
+    if let Err(why) = xterm::ensure(&root, tools.install, false) {
+        println!(
+            "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
+        );
+    }
     let library = "nvidia/cu13/lib/libnvrtc.so.13";
     match tools.python(library, NVRTC) {
         Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),
@@ -103,7 +118,12 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
         tally.skip("the guest image and the fleet", "--no-guest was given");
         false
     } else {
-        image(&mut tally, &root)
+        // The debug images lie beside the lean one; tests that want one say so if it is missing.
+        let faults = [&[][..], &["--fault", "arp:1"], &["--fault", "route:1"]];
+        let lean = image(&mut tally, &root, &[]);
+        let debug = |fault: &&[&str]| image(&mut tally, &root, &[&["--profile", "debug"], *fault].concat());
+        let _all = lean && faults.iter().all(debug);
+        lean
     };
     if has_image {
         tests.env("GUEST_IMAGE", root.join("out/lean"));
@@ -123,6 +143,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if has_image {
         fleet(&mut tally, &root);
     }
+    windows(&mut tally, &root, &tools);
 
     for why in &tally.skipped {
         println!("skipped: {why}");
@@ -201,17 +222,18 @@ fn xtask(root: &Path) -> Command {
     command
 }
 
-/// Builds the lean image. Tests find it in the folder that the variable GUEST_IMAGE names.
-fn image(tally: &mut Tally, root: &Path) -> bool {
-    let (what, since) = ("cargo xtask image", Instant::now());
+/// Builds an image. Tests find the lean one in the folder that the variable GUEST_IMAGE names.
+fn image(tally: &mut Tally, root: &Path, args: &[&str]) -> bool {
+    let since = Instant::now();
+    let what = [&["cargo xtask image"], args].concat().join(" ");
     println!("run     {what} (10 to 15 minutes when nothing is cached)");
-    match xtask(root).arg("image").status() {
+    match xtask(root).arg("image").args(args).status() {
         Ok(status) if status.success() => {
-            tally.pass(what, since);
+            tally.pass(&what, since);
             return true;
         }
-        Ok(status) => tally.fail(what, status),
-        Err(error) => tally.fail(what, error),
+        Ok(status) => tally.fail(&what, status),
+        Err(error) => tally.fail(&what, error),
     }
     false
 }
@@ -232,6 +254,38 @@ fn fleet(tally: &mut Tally, root: &Path) {
             Err(error) => tally.fail("the fleet's report", error),
         }
     }
+}
+
+/// The emulator, checked and linked for Windows. Rustup's toolchain has no standard library for that, and may not be able
+/// to fetch one; the distribution's can build it from its sources.
+fn windows(tally: &mut Tally, root: &Path, tools: &Tools) {
+    const WHAT: &str = "the emulator for Windows";
+    const TARGET: &str = "x86_64-pc-windows-gnu";
+    let (rustc, cargo) = (Path::new("/usr/bin/rustc"), Path::new("/usr/bin/cargo"));
+    let needs = [
+        (rustc, "rustc-web"),
+        (cargo, "cargo-web"),
+        (Path::new("/usr/lib/rustlib/src/rust/library/std/Cargo.toml"), "rust-web-src"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-gcc"), "gcc-mingw-w64-x86-64"),
+        (Path::new("/usr/bin/x86_64-w64-mingw32-g++"), "g++-mingw-w64-x86-64"),
+    ];
+    for (file, package) in needs {
+        if let Err(why) = tools.file(file, package) {
+            return tally.skip(WHAT, why);
+        }
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let mut command = Command::new(cargo);
+    command.current_dir(root).args(["build", "--quiet", "--package", "emulator"]);
+    command.args(["-Zbuild-std", "--target", TARGET]);
+    // Cargo's own variables belong to the toolchain that runs this.
+    command
+        .env("RUSTC", rustc)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .env_remove("CARGO");
+    command.env("RUSTFLAGS", "-Dwarnings").env("CARGO_TARGET_DIR", target.join("windows"));
+    check(tally, WHAT, command);
 }
 
 /// A range of ports of which the first and the last are free now.
@@ -255,21 +309,31 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Programs and libraries that tests use.
-struct Tools {
-    install: bool,
-    folder: PathBuf,
+pub struct Tools {
+    /// What is missing may be installed.
+    pub install: bool,
+    /// Without saying so.
+    pub quiet: bool,
+    /// For packages from PyPI.
+    pub folder: PathBuf,
 }
 
 impl Tools {
     /// A program of the system, from a package.
-    fn package(&self, program: &str, package: &str) -> Result<(), String> {
+    pub fn package(&self, program: &str, package: &str) -> Result<(), String> {
         if host::find(program).is_some() {
             return Ok(());
         }
+        self.install(package).map_err(|why| format!("{program} is not installed: {why}"))
+    }
+
+    fn install(&self, package: &str) -> Result<(), String> {
         if !self.install || !rustix::process::geteuid().is_root() {
-            return Err(format!("{program} is not installed; run: sudo apt-get install {package}"));
+            return Err(format!("run: sudo apt-get install {package}"));
         }
-        println!("install {package}");
+        if !self.quiet {
+            println!("install {package}");
+        }
         let apt = |words: &[&str]| {
             let mut command = Command::new("apt-get");
             command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
@@ -279,6 +343,15 @@ impl Tools {
         let install = ["install", "--no-install-recommends", package];
         // A fresh machine's lists are empty, an old one's out of date.
         apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+    }
+
+    /// A file of the system, from a package.
+    fn file(&self, file: &Path, package: &str) -> Result<(), String> {
+        if file.exists() {
+            return Ok(());
+        }
+        self.install(package).map_err(|why| format!("{} is not there: {why}", file.display()))?;
+        if file.exists() { Ok(()) } else { Err(format!("{package} has no {}", file.display())) }
     }
 
     /// A file of a package from PyPI, which is installed in a folder of ours.
@@ -329,7 +402,7 @@ fn executable(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// Runs a command; its last lines are the error.
-fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
+pub fn quietly(mut command: Command, limit: Duration) -> Result<(), String> {
     let name = command.get_program().to_owned();
     let say = |why: &dyn std::fmt::Display| format!("{}: {why}", OsString::from(&name).display());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -398,7 +471,7 @@ mod tests {
 
     #[test]
     fn what_is_not_installed_is_named() {
-        let tools = Tools { install: false, folder: "/nonexistent".into() };
+        let tools = Tools { install: false, quiet: false, folder: "/nonexistent".into() };
         assert!(
             tools
                 .package("lg-no-such-program", "lg-package")

@@ -6,6 +6,7 @@ use std::sync::atomic::{
     Ordering::{AcqRel, Acquire, Relaxed},
 };
 
+use super::native::{Native, NativeCode};
 use super::start::{self, Identity};
 use super::{Engine, EngineError, Machines, MemoryUse, Slice};
 use crate::abi::{
@@ -26,6 +27,7 @@ unsafe extern "C" {
         request: *const SliceRequest,
         result: *mut SliceResult,
     );
+    fn machine_cpu_native(engine: *mut u8, native: *const NativeCode);
     fn machine_cpu_write(vm: *mut Vm, pool: *mut Pool, pa: u32, from: *const u8, bytes: u32) -> bool;
 }
 
@@ -96,6 +98,7 @@ struct Inner {
     tables: Mapping,
     pool: Mapping,
     code_of: Mapping,
+    native: Option<Native>,
     private_frames: Vec<AtomicU32>,
     code_pages: Vec<AtomicU32>,
     // these are reached through `pool` alone
@@ -104,6 +107,9 @@ struct Inner {
 
 fn map(what: &'static str, bytes: usize) -> Result<Mapping, Error> {
     Mapping::new(bytes).map_err(|cause| Error::Host { what, bytes, cause })
+}
+fn map_large(what: &'static str, bytes: usize) -> Result<Mapping, Error> {
+    Mapping::large(bytes).map_err(|cause| Error::Host { what, bytes, cause })
 }
 
 impl CpuMachines {
@@ -118,11 +124,11 @@ impl CpuMachines {
             return Err(Error::TooMany { vms, pages });
         }
         let threads = config.threads.max(1);
-        let base = map("guest RAM", frames as usize * FRAME_BYTES as usize)?.prefer_large_pages();
+        let base = map_large("guest RAM", frames as usize * FRAME_BYTES as usize)?;
         let ring = map("the free list", private as usize * 4)?;
         let code_of = map("the code table", frames as usize * 4)?;
         let code_frame = map("the code pages' frames", code_pages as usize * 4)?;
-        let code = map("code pages", code_pages as usize * CODE_PAGE_BYTES as usize)?.prefer_large_pages();
+        let code = map_large("code pages", code_pages as usize * CODE_PAGE_BYTES as usize)?;
         let pool = map("the pool", size_of::<Pool>())?;
         let inner = Inner {
             vms: map("the VMs", vms as usize * size_of::<Vm>())?,
@@ -132,6 +138,7 @@ impl CpuMachines {
             code_pages: (0..vms).map(|_| AtomicU32::new(0)).collect(),
             pool,
             code_of,
+            native: Native::new(vms, code_pages as usize * CODE_PAGE_BYTES as usize),
             _memory: [base, ring, code_frame, code],
             shared,
             config,
@@ -162,7 +169,14 @@ impl CpuMachines {
                 code_frame_ptr: code_frame.as_ptr() as u64,
                 code_ptr: code.as_ptr() as u64,
                 code_pages_per_vm: CODE_PAGES_PER_VM,
-                reserved: 0,
+                text_count: 0,
+                text_ptr: 0,
+                text_table_ptr: 0,
+                trace_ptr: 0,
+                text_capacity: 0,
+                text_slots: 0,
+                trace_capacity: 0,
+                trace_count: 0,
             });
         }
         for vm in 0..vms {
@@ -193,6 +207,15 @@ impl CpuMachines {
         unsafe { engine(std::ptr::null_mut(), at, pool, mail, request, &mut result) };
         self.inner.private_frames[vm as usize].store(result.private_frames, Relaxed);
         result
+    }
+
+    /// How many jumps to an instruction make the code from there on native, for engines taken from now on; 0: it
+    /// never becomes so. For tests that compare.
+    #[doc(hidden)]
+    pub fn native_after(&self, jumps: u8) {
+        if let Some(native) = &self.inner.native {
+            native.warm_up_after(jumps);
+        }
     }
 
     /// Writes guest-physical memory of a VM that is not in an engine. False: outside RAM, or no frame is left.
@@ -275,6 +298,9 @@ impl Inner {
         }
         self.private_frames[vm as usize].store(0, Relaxed);
         self.code_pages[vm as usize].store(0, Relaxed);
+        if let Some(native) = &self.native {
+            native.reset(vm);
+        }
         Ok(())
     }
 
@@ -356,6 +382,10 @@ impl Machines for CpuMachines {
             .map(|_| {
                 let state = Mapping::new(bytes)
                     .map_err(|cause| EngineError(format!("no memory for an engine: {cause}")))?;
+                if let Some(native) = &self.inner.native {
+                    // SAFETY: the engine's state is fresh, and keeps `inner` alive, which has `native`.
+                    unsafe { machine_cpu_native(state.as_ptr(), native.code()) };
+                }
                 Ok(Box::new(CpuEngine { inner: Arc::clone(&self.inner), state }) as Box<dyn Engine>)
             })
             .collect()
@@ -377,7 +407,9 @@ impl Machines for CpuMachines {
         MemoryUse {
             shared_bytes: u64::from(inner.shared.count) * frame,
             private_bytes: sum(&inner.private_frames) * frame,
-            overhead_bytes: vms * fixed + code_pages * u64::from(CODE_PAGE_BYTES),
+            overhead_bytes: vms * fixed
+                + code_pages * u64::from(CODE_PAGE_BYTES)
+                + inner.native.as_ref().map_or(0, Native::used),
         }
     }
 

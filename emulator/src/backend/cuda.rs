@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use super::nvrtc::Compiler;
 use super::{Engine, EngineError, Machines, MemoryUse};
-use crate::abi::{CODE_PAGE_BYTES, FRAME_BYTES, Mailbox, Vm};
+use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, TRACE_BYTES, Vm};
 use crate::fleet::capacity::size;
 use crate::mailbox::MailboxRef;
 use crate::memory::{BootMemory, SharedFrames};
@@ -26,6 +26,7 @@ use crate::memory::{BootMemory, SharedFrames};
 use device::Device;
 use driver::{Context, Driver};
 use engine::CudaEngine;
+use plan::Demand;
 
 pub use driver::{CallError, OpenError, Resources};
 pub use error::Error;
@@ -101,33 +102,48 @@ pub struct CudaMachines {
     pages: u32,
 }
 
+/// The driver, the devices, and the bytes that are free on each.
+type Opened = (Driver, Vec<Arc<Context>>, Vec<u64>);
+
+fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
+    let driver = Driver::open()?;
+    let count = driver.devices()?;
+    let list = match gpus {
+        Gpus::All => (0..count).collect(),
+        Gpus::List(list) => list.clone(),
+    };
+    if let Some(&asked) = list.iter().find(|ordinal| **ordinal >= count).or(list.is_empty().then_some(&0)) {
+        return Err(Error::NoDevice { asked, count });
+    }
+    let mut contexts = Vec::new();
+    let mut free = Vec::new();
+    for ordinal in list {
+        let context = Context::open(&driver, ordinal)?;
+        let properties = context.properties();
+        if properties.capability < OLDEST {
+            let (name, capability) = (properties.name.clone(), properties.capability);
+            return Err(Error::TooOld { ordinal, name, capability });
+        }
+        free.push(context.memory()?.0);
+        contexts.push(context);
+    }
+    Ok((driver, contexts, free))
+}
+
+/// VMs that fit on the devices if each may write `written` bytes of its RAM.
+pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Error> {
+    let shared = SharedFrames::new(boot)?;
+    let demand = Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count };
+    let (_, _, free) = open_devices(gpus)?;
+    Ok(free.iter().map(|free| demand.most(*free, written)).sum())
+}
+
 impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
         let shared = SharedFrames::new(&config.boot)?;
-        let driver = Driver::open()?;
-        let count = driver.devices()?;
-        let list = match &config.gpus {
-            Gpus::All => (0..count).collect(),
-            Gpus::List(list) => list.clone(),
-        };
-        if let Some(&asked) = list.iter().find(|ordinal| **ordinal >= count).or(list.is_empty().then_some(&0))
-        {
-            return Err(Error::NoDevice { asked, count });
-        }
         let compiler = Compiler::find(&config.compilers)?;
-        let mut contexts = Vec::new();
-        let mut free = Vec::new();
-        for ordinal in list {
-            let context = Context::open(&driver, ordinal)?;
-            let properties = context.properties();
-            if properties.capability < OLDEST {
-                let (name, capability) = (properties.name.clone(), properties.capability);
-                return Err(Error::TooOld { ordinal, name, capability });
-            }
-            free.push(context.memory()?.0);
-            contexts.push(context);
-        }
+        let (driver, contexts, free) = open_devices(&config.gpus)?;
         let cache = cubin::cache_folder();
         let devices = contexts
             .into_iter()
@@ -160,11 +176,11 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; {} registers, {} bytes of stack; {} for RAM, {} code pages a VM",
+                "; {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
-                plan.code_pages_per_vm,
+                plan.texts,
             );
             lines.push(line);
             lines.extend(code.cache_trouble.clone());
@@ -270,15 +286,16 @@ impl Machines for CudaMachines {
         let mut sum = MemoryUse::default();
         for device in &self.devices {
             let vms = device.range.len() as u64;
-            let (mut frames, mut code_pages) = (0, u64::from(self.shared_frames));
+            let mut frames = 0;
             for known in &device.known {
                 frames += u64::from(known.private_frames.load(Relaxed));
-                code_pages += u64::from(known.code_pages.load(Relaxed));
             }
             let fixed = (size_of::<Vm>() + size_of::<Mailbox>()) as u64 + u64::from(self.pages) * 4;
             sum.shared_bytes += u64::from(self.shared_frames) * frame;
             sum.private_bytes += frames * frame;
-            sum.overhead_bytes += vms * fixed + code_pages * u64::from(CODE_PAGE_BYTES);
+            let code = u64::from(device.plan.texts) * u64::from(TEXT_BYTES)
+                + u64::from(device.plan.traces()) * u64::from(TRACE_BYTES);
+            sum.overhead_bytes += vms * fixed + code;
         }
         sum
     }

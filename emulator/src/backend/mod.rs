@@ -2,8 +2,10 @@
 
 pub mod cpu;
 pub mod cuda;
+pub(crate) mod native;
 pub mod nvrtc;
 pub mod start;
+pub mod stub;
 
 use std::ops::Range;
 
@@ -52,7 +54,8 @@ pub struct MemoryUse {
     pub shared_bytes: u64,
     /// Frames that belong to one VM each.
     pub private_bytes: u64,
-    /// Everything else a VM costs: hart and device state, frame tables, mailboxes, decoded instructions.
+    /// Everything else a VM costs: hart and device state, frame tables, mailboxes, decoded instructions,
+    /// native code.
     pub overhead_bytes: u64,
 }
 

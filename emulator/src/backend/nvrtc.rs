@@ -22,9 +22,11 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("sbi.cuh", include_str!("../../../kernels/sbi.cuh")),
     ("step.cuh", include_str!("../../../kernels/step.cuh")),
     ("system.cuh", include_str!("../../../kernels/system.cuh")),
+    ("trace.cuh", include_str!("../../../kernels/trace.cuh")),
     ("trap.cuh", include_str!("../../../kernels/trap.cuh")),
     ("uart.cuh", include_str!("../../../kernels/uart.cuh")),
     ("virtio_net.cuh", include_str!("../../../kernels/virtio_net.cuh")),
+    ("warp.cuh", include_str!("../../../kernels/warp.cuh")),
 ];
 
 /// Environment variable with the path of the library, or of the folder that it is in; looked at first.

@@ -260,6 +260,7 @@ fn write(path: &std::path::Path, document: &Document) -> std::io::Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(std::path::Path::new(".")))?;
     // Plain numbers, strings and lists always have a JSON form.
     writeln!(file, "{}", serde_json::to_string_pretty(document).unwrap_or_default())?;
+    #[cfg(unix)]
     file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
     file.persist(path)?;
     Ok(())

@@ -1,4 +1,4 @@
-//! `emulator console` and `emulator status`.
+//! `emulator console`, `status`, `pause`, `resume` and `reset`.
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,13 +10,20 @@ use emulator::console::client::{self, Ended};
 use miette::{IntoDiagnostic, Result, WrapErr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::{ConsoleArgs, StatusArgs, find_place};
+use super::{ActArgs, ConsoleArgs, StatusArgs, find_place};
 
 /// `emulator status`.
 pub fn status(args: &StatusArgs) -> Result<ExitCode> {
     let place = find_place(args.fleet.state_dir.as_ref(), args.fleet.port_base);
-    let text = client::status(&place).into_diagnostic()?;
+    let text = client::status(&place, args.vm).into_diagnostic()?;
     std::io::stdout().write_all(text.as_bytes()).into_diagnostic()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `emulator pause`, `resume` and `reset`.
+pub fn act(args: &ActArgs, action: &str) -> Result<ExitCode> {
+    let place = find_place(args.fleet.state_dir.as_ref(), args.fleet.port_base);
+    client::act(&place, &args.vms, action).into_diagnostic()?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -9,28 +9,40 @@ use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
-use emulator::console::control::Control;
 use emulator::console::log::{LogLimits, Logs, log_path};
 use emulator::console::place::Claim;
 use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::net::bridge::Bridge;
 use emulator::net::ports;
-use emulator::net::user::{Config as BridgeConfig, UserBridge};
+use emulator::net::rewrite::Ports;
+#[cfg(target_os = "linux")]
+use emulator::net::tun::TunBridge;
+use emulator::net::user::{Config as UserConfig, UserBridge};
+#[cfg(windows)]
+use emulator::net::windivert::WinDivertBridge;
 use emulator::report::{Failure, Report};
+use emulator::web::Network;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+#[cfg(unix)]
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
+use super::MAX_VMS;
 use super::live::Live;
 use super::machines::Opened;
+use super::pcap::Pcap;
 use super::progress::Progress;
-use super::{FleetArgs, NetMode, Time, Until, find_place, machines};
+use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
 /// How often signals and times are looked at when the fleet tells no news.
 const TICK: Duration = Duration::from_millis(100);
 /// URLs that are printed one by one.
 const URLS: u32 = 8;
+/// `--vms max` goes no further: the fleet's address space and the page are made for so many.
+const MOST_VMS: u32 = 32_768;
 /// VMs that an error describes with their consoles; so many more are named while serving.
 const SHOWN: usize = 3;
 const NAMED: u32 = 20;
@@ -41,6 +53,7 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
     if let Some(path) = &args.report {
         check_report_path(path)?;
     }
+    let args = &FleetArgs { vms: count(args)?, ..args.clone() };
     let mut report = Report::new(args.vms);
     let result = serve(args, started, &signal, &mut report);
     report.error = match &result {
@@ -58,6 +71,7 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
 }
 
 /// The number of the signal that asked for the end, or 0. A second signal ends the program at once.
+#[cfg(unix)]
 fn watch_signals() -> Result<Arc<AtomicI32>> {
     let seen = Arc::new(AtomicI32::new(0));
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).into_diagnostic()?;
@@ -73,6 +87,42 @@ fn watch_signals() -> Result<Arc<AtomicI32>> {
         })
         .into_diagnostic()?;
     Ok(seen)
+}
+
+/// The number of the signal that asked for the end, or 0.
+#[cfg(not(unix))]
+fn watch_signals() -> Result<Arc<AtomicI32>> {
+    use std::sync::atomic::AtomicBool;
+    let seen = Arc::new(AtomicI32::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        let flag = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal, flag.clone()).into_diagnostic()?;
+        let seen = seen.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                while !flag.load(SeqCst) {
+                    std::thread::sleep(TICK);
+                }
+                seen.store(signal, SeqCst);
+            })
+            .into_diagnostic()?;
+    }
+    Ok(seen)
+}
+
+/// The number of VMs, `max` worked out: what memory allows, and ports.
+fn count(args: &FleetArgs) -> Result<u32> {
+    if args.vms != MAX_VMS {
+        return Ok(args.vms);
+    }
+    let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
+    let memory = machines::most_vms(&args.machine, &machines::boot(image))?;
+    let ports = if args.net == NetMode::Off { u32::MAX } else { 65_536 - u32::from(args.port_base) };
+    match memory.min(ports).min(MOST_VMS) {
+        0 => Err(miette!("--vms max: not even one VM fits into the memory that is free")),
+        most => Ok(most),
+    }
 }
 
 /// Better now than after the run.
@@ -97,6 +147,8 @@ fn chain(error: &miette::Report) -> String {
 enum End {
     Done,
     Interrupted(i32),
+    /// The bridge has ended by itself.
+    Unbridged,
     Failed(miette::Report),
 }
 
@@ -105,43 +157,46 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         return Err(miette!("a fleet of 0 VMs has nothing to run: give --vms 1 or more"));
     }
     if args.until == Some(Until::Http) && args.net == NetMode::Off {
-        return Err(miette!("--until http asks the VMs through the bridge: it needs --net user"));
+        return Err(miette!(
+            "--until http asks the VMs through the bridge: it needs --net user or --net tun"
+        ));
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
     report.image.manifest_hash = Some(image.manifest_hash.clone());
+    let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
     let claim = find_place(args.state_dir.as_ref(), args.port_base).claim().into_diagnostic()?;
-    let ports = BridgeConfig::new(args.port_base, args.vms);
-    if args.net == NetMode::User {
-        ports::check(&ports.ports).into_diagnostic()?;
+    let ports = UserConfig::new(args.port_base, args.vms).ports;
+    if args.net != NetMode::Off {
+        ports::check(&ports).into_diagnostic()?;
     }
+    // A page that can't be served is known before the machines are opened, too.
+    let page = web::bind(args)?;
     let epoch = Instant::now();
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    let mut bridge = match args.net {
-        NetMode::Off => None,
-        NetMode::User => Some(UserBridge::bind(ports).into_diagnostic()?),
+    let mut bridge = bind(args, ports)?;
+    let pcap = match (&args.network.pcap, &bridge) {
+        (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
+        (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
+        (None, _) => None,
     };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
         began: Instant::now(),
-        bridge: bridge.as_ref().map(|bridge| bridge.counters()),
+        bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
         port_base: bridge.is_some().then_some(args.port_base),
     });
-    let control = {
-        let progress = progress.clone();
-        Control::serve(&claim, fleet.clone(), Box::new(move || progress.status()))
-            .into_diagnostic()
-            .wrap_err_with(|| format!("control socket {}", claim.place.socket().display()))?
-    };
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
+    let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
+    let server = web::serve(page, &claim, &progress, net, facts)?;
     fleet.start().into_diagnostic()?;
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
@@ -149,17 +204,20 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             say(format_args!("{note}"));
         }
         print_urls(args);
+        if let Some(url) = &server.url {
+            say(format_args!("All VMs on one page: {url}"));
+        }
         say(format_args!("Console logs: {}", claim.place.console().display()));
     }
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.config().ports, deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
 
-    let end = wait_for_end(args, &progress, &claim, signal);
+    let end = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
@@ -167,9 +225,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         let _ = asking.join();
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
+    if let Some(pcap) = pcap {
+        pcap.finish();
+    }
     fleet.stop();
     *report = progress.report();
-    drop(control);
+    drop(server);
     match end {
         End::Failed(error) => {
             // VMs that run but did not reach the goal are failures too.
@@ -181,6 +242,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         End::Interrupted(signal) if args.until.is_some() => {
             return Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(130)));
         }
+        End::Unbridged => {
+            bridge_end.into_diagnostic().wrap_err("the network has failed")?;
+            return Err(miette!("the network has failed"));
+        }
         End::Interrupted(_) | End::Done => {}
     }
     bridge_end.into_diagnostic()?;
@@ -188,6 +253,22 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Takes what the network needs of the host.
+fn bind(args: &FleetArgs, ports: Ports) -> Result<Option<Box<dyn Bridge>>> {
+    let policy = args.network.policy().map_err(|why| miette!("--service: {why}"))?;
+    Ok(match args.net {
+        NetMode::Off => None,
+        NetMode::User => {
+            let config = UserConfig::new(ports.base, ports.vms);
+            Some(Box::new(UserBridge::bind_with(config, policy).into_diagnostic()?))
+        }
+        #[cfg(target_os = "linux")]
+        NetMode::Tun => Some(Box::new(TunBridge::bind(ports, policy).into_diagnostic()?)),
+        #[cfg(windows)]
+        NetMode::Windivert => Some(Box::new(WinDivertBridge::bind(ports, policy).into_diagnostic()?)),
+    })
 }
 
 fn make_fleet(
@@ -209,10 +290,16 @@ fn make_fleet(
     Ok(Fleet::new(machines, config, Some(logs)))
 }
 
-fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &AtomicI32) -> End {
+fn wait_for_end(
+    args: &FleetArgs,
+    progress: &Progress,
+    claim: &Claim,
+    bridge: Option<&dyn Bridge>,
+    signal: &AtomicI32,
+) -> End {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
-    let mut downs = Downs { known: vec![false; fleet.vms() as usize], told: 0 };
+    let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
     let mut seen = 0;
     let end = loop {
         seen = fleet.wait(seen, TICK);
@@ -221,12 +308,15 @@ fn wait_for_end(args: &FleetArgs, progress: &Progress, claim: &Claim, signal: &A
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
         }
         // With --until the error tells.
-        if args.until.is_none() && fleet.downs() != downs.told {
+        if args.until.is_none() && fleet.downs() != downs.known_down {
             downs.tell(fleet, claim);
         }
         match signal.load(SeqCst) {
             0 => {}
             signal => break End::Interrupted(signal),
+        }
+        if bridge.is_some_and(|bridge| bridge.has_failed()) {
+            break End::Unbridged;
         }
         if let Some(why) = fleet.fault() {
             break End::Failed(miette!("the machine failed: {why}"));
@@ -322,14 +412,22 @@ fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::
 /// Tells which VMs have ended while the others go on.
 struct Downs {
     known: Vec<bool>,
+    /// Those of them that are true. A reset takes a VM from this list.
+    known_down: u32,
     told: u32,
 }
 
 impl Downs {
     fn tell(&mut self, fleet: &Fleet, claim: &Claim) {
         for vm in 0..fleet.vms() {
-            if !fleet.is_down(vm) || std::mem::replace(&mut self.known[vm as usize], true) {
-                continue;
+            let down = fleet.is_down(vm);
+            match (std::mem::replace(&mut self.known[vm as usize], down), down) {
+                (true, true) | (false, false) => continue,
+                (true, false) => {
+                    self.known_down -= 1;
+                    continue;
+                }
+                (false, true) => self.known_down += 1,
             }
             self.told += 1;
             let status = fleet.status(vm);
@@ -355,6 +453,10 @@ fn print_urls(args: &FleetArgs) {
         return;
     }
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
+    #[cfg(target_os = "linux")]
+    if args.net == NetMode::Tun {
+        say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
+    }
     if args.vms <= URLS {
         for vm in 0..args.vms {
             say(format_args!("VM {vm}: {}", url(vm)));

@@ -76,7 +76,10 @@ impl Live {
         self.last = (now, totals);
         if self.terminal {
             // A line that wraps could not be drawn over. It is plain ASCII.
+            #[cfg(unix)]
             let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(80, |size| size.ws_col);
+            #[cfg(not(unix))]
+            let columns = 80_u16;
             text.truncate(usize::from(columns.max(20)) - 1);
         }
         // A line that has not changed is no news in a log.

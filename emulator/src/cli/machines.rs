@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use emulator::abi::FRAME_BYTES;
 use emulator::backend::cpu::{self, CpuMachines};
 use emulator::backend::cuda::{self, CudaMachines};
+use emulator::backend::stub::{Page, StubMachines};
 use emulator::backend::{Machines, nvrtc};
 use emulator::fleet::capacity::{Capacity, available_memory, size};
 use emulator::guest::GuestImage;
@@ -48,10 +49,31 @@ pub fn boot(image: GuestImage) -> Arc<BootMemory> {
     })
 }
 
+/// What a guest is taken to write when a fleet is to be as large as it can be, in percent of its RAM: a lean guest that
+/// serves has written 35.
+const WRITTEN_PERCENT: u64 = 38;
+
+/// As many VMs as there is memory for.
+pub fn most_vms(args: &MachineArgs, boot: &BootMemory) -> Result<u32> {
+    let on_cpu = || {
+        let available = available_memory().ok_or_else(|| {
+            miette!("--vms max: this machine does not tell how much memory is free; give a number")
+        })?;
+        Ok(u32::try_from(Capacity::new(boot.ram_bytes, available).fits()).unwrap_or(u32::MAX))
+    };
+    let on_gpu = || cuda::most_vms(&args.gpus, boot, boot.ram_bytes / 100 * WRITTEN_PERCENT);
+    match args.backend {
+        Backend::Cpu | Backend::Stub => on_cpu(),
+        Backend::Cuda => on_gpu().map_err(cuda_error),
+        Backend::Auto => on_gpu().or_else(|_| on_cpu()),
+    }
+}
+
 /// Opens the machines; `warn` is called with what the user should know.
 pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(String)) -> Result<Opened> {
     match args.backend {
         Backend::Cpu => open_cpu(args, vms, boot, String::new(), warn),
+        Backend::Stub => open_stub(args, vms),
         Backend::Cuda => open_cuda(args, vms, boot, warn).map_err(cuda_error),
         Backend::Auto => match open_cuda(args, vms, Arc::clone(&boot), &warn) {
             Ok(opened) => Ok(Opened { choice: " (auto)".into(), ..opened }),
@@ -64,6 +86,22 @@ pub fn open(args: &MachineArgs, vms: u32, boot: Arc<BootMemory>, warn: impl Fn(S
             }
         },
     }
+}
+
+/// As many bytes as the guests' page has.
+const STUB_PAGE: usize = 180;
+
+fn open_stub(args: &MachineArgs, vms: u32) -> Result<Opened> {
+    let threads = threads(args, vms);
+    let machines = StubMachines::new(vms, threads, Page::new(STUB_PAGE)).into_diagnostic()?;
+    Ok(Opened {
+        machines: Arc::new(machines),
+        choice: String::new(),
+        notes: vec!["No guests run: stubs answer, to measure the network.".into()],
+        device: format!("{}, {threads} threads", processor()),
+        driver: None,
+        registers: None,
+    })
 }
 
 fn cuda_error(error: cuda::Error) -> Report {
@@ -120,7 +158,7 @@ fn open_cuda(
 }
 
 /// Python environments that `cargo xtask doctor` and `cargo xtask test` make for the compiler.
-fn compiler_environments() -> Vec<PathBuf> {
+pub fn compiler_environments() -> Vec<PathBuf> {
     let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
     folder("NVRTC_ENVIRONMENT")

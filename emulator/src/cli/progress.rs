@@ -1,5 +1,6 @@
 //! What a run has come to so far: for the report, for `status`, for the live line.
 
+use std::fmt::Write as _;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,6 +11,7 @@ use emulator::fleet::{Fleet, Life};
 use emulator::net::counters::Counters;
 use emulator::net::probe::{Outcome, Probe, Target};
 use emulator::net::rewrite::Ports;
+use emulator::net::tap::Direction;
 use emulator::report::{Boot, Http, Report};
 use serde::Serialize;
 
@@ -113,8 +115,8 @@ impl Progress {
     pub fn report(&self) -> Report {
         let mut report = self.head.clone();
         let boot = lock(&self.boot).unwrap_or_else(|| self.so_far());
-        let drops = self.bridge.as_ref().map_or(0, |counters| counters.snapshot().drops_total());
-        report.add_fleet(&self.fleet, boot, drops);
+        let bridge = self.bridge.as_ref().map(|counters| counters.snapshot()).unwrap_or_default();
+        report.add_fleet(&self.fleet, boot, &bridge);
         report.http = self.http.as_ref().map(|answers| {
             let inner = lock(&answers.inner);
             let seconds = |at: Option<Instant>| {
@@ -149,6 +151,31 @@ impl Progress {
         };
         // Plain numbers, strings and lists always have a JSON form.
         serde_json::to_string_pretty(&status).unwrap_or_default() + "\n"
+    }
+
+    /// The counters of a VM's link, as the guest's `ethtool -S` would count: rx is what the VM gets.
+    pub fn link(&self, vm: u32) -> String {
+        let mut text = format!("Link statistics of VM {vm}:\n");
+        let mut line = |name: &str, value: u64| {
+            // Writing to a string can't fail.
+            let _ = writeln!(text, "     {name}: {value}");
+        };
+        let device = self.fleet.status(vm).counters;
+        line("device_rx_packets", device.rx_frames);
+        line("device_tx_packets", device.tx_frames);
+        line("device_dropped", device.dropped);
+        let Some(link) = self.bridge.as_ref().and_then(|counters| counters.vm(vm)) else { return text };
+        line("rx_packets", link.packets_in);
+        line("rx_bytes", link.bytes_in);
+        line("tx_packets", link.packets_out);
+        line("tx_bytes", link.bytes_out);
+        for (way, direction) in [("rx", Direction::In), ("tx", Direction::Out)] {
+            line(&format!("{way}_dropped"), link.drops(direction).map(|(_, count)| count).sum());
+            for (reason, count) in link.drops(direction) {
+                line(&format!("{way}_dropped_{}", reason.name()), count);
+            }
+        }
+        text
     }
 
     /// Ends what runs beside the fleet.

@@ -1,4 +1,4 @@
-//! The other end of the control socket: attaches a terminal, or pipes, to a VM's console.
+//! The other end of the control socket: asks the API of a running fleet, attaches a terminal, or pipes, to a VM's console.
 
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::net::Shutdown;
@@ -13,6 +13,8 @@ use crate::console::place::{Place, PlaceError};
 
 /// Ctrl-], which leaves the console.
 const LEAVE: u8 = 0x1d;
+/// Bytes of an answer that tells an error.
+const ERROR_BYTES: u64 = 4096;
 /// With input from a pipe, how long a VM may take to print anything at all: it may be booting.
 const FIRST_OUTPUT: Duration = Duration::from_secs(30);
 
@@ -50,7 +52,8 @@ pub enum Ended {
     Signal,
 }
 
-fn ask(place: &Place, hello: &str) -> Result<BufReader<UnixStream>, ClientError> {
+/// Sends a request of the API; returns what follows the head of the answer if its status is `wanted`.
+fn ask(place: &Place, head: &str, wanted: u16) -> Result<BufReader<UnixStream>, ClientError> {
     let socket = place.socket();
     let mut stream = UnixStream::connect(&socket).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
@@ -58,27 +61,71 @@ fn ask(place: &Place, hello: &str) -> Result<BufReader<UnixStream>, ClientError>
         }
         _ => PlaceError::Io { path: socket.clone(), source },
     })?;
-    stream.write_all(hello.as_bytes()).map_err(io_error("asking the fleet"))?;
+    stream.write_all(head.as_bytes()).map_err(io_error("asking the fleet"))?;
     let mut reader = BufReader::new(stream);
-    let mut answer = String::new();
-    reader.read_line(&mut answer).map_err(io_error("reading the fleet's answer"))?;
-    match answer.trim_end() {
-        "ok" => Ok(reader),
-        "" => Err(ClientError::Refused("the fleet is ending".into())),
-        other => Err(ClientError::Refused(other.strip_prefix("error ").unwrap_or(other).to_owned())),
+    let mut line = || {
+        let mut text = String::new();
+        reader.read_line(&mut text).map_err(io_error("reading the fleet's answer"))?;
+        Ok::<_, ClientError>(text.trim_end().to_owned())
+    };
+    let status = line()?;
+    if status.is_empty() {
+        return Err(ClientError::Refused("the fleet is ending".into()));
     }
+    let mut length = 0;
+    loop {
+        let header = line()?.to_ascii_lowercase();
+        match header.split_once(':') {
+            Some(("content-length", value)) => length = value.trim().parse().unwrap_or(0),
+            _ if header.is_empty() => break,
+            _ => {}
+        }
+    }
+    if status.split(' ').nth(1).and_then(|code| code.parse().ok()) == Some(wanted) {
+        return Ok(reader);
+    }
+    let mut body = String::new();
+    // The connection may stay open.
+    reader
+        .take(ERROR_BYTES.min(length))
+        .read_to_string(&mut body)
+        .map_err(io_error("reading the fleet's answer"))?;
+    let error = serde_json::from_str(&body).ok().and_then(|value: serde_json::Value| {
+        let why = value.get("error")?.as_str()?;
+        Some(why.to_owned())
+    });
+    Err(ClientError::Refused(error.unwrap_or(status)))
 }
 
-/// The status document of the fleet.
-pub fn status(place: &Place) -> Result<String, ClientError> {
+fn request(place: &Place, method: &str, path: &str) -> Result<String, ClientError> {
     let mut text = String::new();
-    ask(place, "status\n")?.read_to_string(&mut text).map_err(io_error("reading the fleet's status"))?;
+    ask(place, &format!("{method} {path} HTTP/1.0\r\nContent-Length: 0\r\n\r\n"), 200)?
+        .read_to_string(&mut text)
+        .map_err(io_error("reading the fleet's answer"))?;
     Ok(text)
+}
+
+/// The status document of the fleet, or the counters of one VM's link.
+pub fn status(place: &Place, vm: Option<u32>) -> Result<String, ClientError> {
+    let path = vm.map_or("/api/status".to_owned(), |vm| format!("/api/vms/{vm}/link"));
+    request(place, "GET", &path)
+}
+
+/// Pauses, resumes or resets VMs, as in `0-9,20`; what the fleet answers.
+pub fn act(place: &Place, vms: &str, action: &str) -> Result<String, ClientError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == ',' || c == '-';
+    if !vms.chars().all(plain) || vms.is_empty() {
+        return Err(ClientError::Refused(format!("{vms:?}: expected all, or VMs as in 0-9,20")));
+    }
+    request(place, "POST", &format!("/api/vms/{vms}/{action}"))
 }
 
 /// Connects to a VM's console.
 pub fn attach(place: &Place, vm: u32) -> Result<Attachment, ClientError> {
-    let reader = ask(place, &format!("console {vm}\n"))?;
+    let head = format!(
+        "GET /api/vms/{vm}/terminal HTTP/1.1\r\nHost: fleet\r\nConnection: upgrade\r\nUpgrade: console\r\n\r\n"
+    );
+    let reader = ask(place, &head, 101)?;
     let begin = reader.buffer().to_vec();
     Ok(Attachment { stream: reader.into_inner(), begin })
 }

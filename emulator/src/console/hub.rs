@@ -1,7 +1,9 @@
 //! One VM's console on the host: who listens, what waits to be typed, what was printed last.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::console::scan::{Mark, Scanner};
@@ -18,6 +20,7 @@ const LISTENER_BYTES: usize = 64 * 1024;
 pub struct Console {
     inner: Mutex<Inner>,
     room: Condvar,
+    printed: AtomicU64,
 }
 
 #[derive(Default)]
@@ -41,6 +44,8 @@ struct FeedState {
     bytes: VecDeque<u8>,
     lost: u64,
     closed: bool,
+    /// A task that waits in [`Subscription::poll_receive`].
+    waiting: Option<Waker>,
 }
 
 /// Output that came for a listener.
@@ -75,23 +80,41 @@ impl Subscription {
             .more
             .wait_timeout_while(state, timeout, |s| s.bytes.is_empty() && !s.closed)
             .unwrap_or_else(PoisonError::into_inner);
-        if !state.bytes.is_empty() {
-            let lost = std::mem::take(&mut state.lost);
-            return Output::Bytes { bytes: std::mem::take(&mut state.bytes).into(), lost };
+        state.take().unwrap_or(Output::Nothing)
+    }
+
+    /// The same for a task: never [`Output::Nothing`].
+    pub fn poll_receive(&self, context: &mut Context<'_>) -> Poll<Output> {
+        let mut state = lock(&self.feed.state);
+        match state.take() {
+            Some(output) => Poll::Ready(output),
+            None => {
+                state.waiting = Some(context.waker().clone());
+                Poll::Pending
+            }
         }
-        if state.closed { Output::Closed } else { Output::Nothing }
     }
 
     /// Ends every [`Subscription::receive`], now and later, once what came is read.
     pub fn close(&self) {
-        lock(&self.feed.state).closed = true;
-        self.feed.more.notify_all();
+        self.feed.close();
+    }
+}
+
+impl FeedState {
+    fn take(&mut self) -> Option<Output> {
+        if !self.bytes.is_empty() {
+            let lost = std::mem::take(&mut self.lost);
+            return Some(Output::Bytes { bytes: std::mem::take(&mut self.bytes).into(), lost });
+        }
+        self.closed.then_some(Output::Closed)
     }
 }
 
 impl Console {
     /// Takes output of the VM and appends what its lines tell.
     pub fn output(&self, bytes: &[u8], marks: &mut Vec<Mark>) {
+        self.printed.fetch_add(bytes.len() as u64, Relaxed);
         let mut inner = lock(&self.inner);
         inner.scanner.feed(bytes, marks);
         inner.listeners.retain(|feed| feed.upgrade().is_some_and(|feed| feed.push(bytes)));
@@ -143,6 +166,11 @@ impl Console {
         moved
     }
 
+    /// Bytes printed so far.
+    pub fn printed(&self) -> u64 {
+        self.printed.load(Relaxed)
+    }
+
     /// The last lines, printable.
     pub fn last_lines(&self) -> Vec<String> {
         lock(&self.inner).scanner.last_lines()
@@ -153,16 +181,16 @@ impl Console {
         let mut inner = lock(&self.inner);
         inner.scanner.reset();
         inner.listening = false;
+        inner.closed = false;
     }
 
-    /// The VM will never run again.
+    /// The VM does not run again, unless it is reset.
     pub fn close(&self) {
         let mut inner = lock(&self.inner);
         inner.closed = true;
         inner.input = VecDeque::new();
         for feed in inner.listeners.drain(..).filter_map(|feed| feed.upgrade()) {
-            lock(&feed.state).closed = true;
-            feed.more.notify_all();
+            feed.close();
         }
         self.room.notify_all();
     }
@@ -189,6 +217,19 @@ impl Inner {
 }
 
 impl Feed {
+    fn close(&self) {
+        let mut state = lock(&self.state);
+        state.closed = true;
+        self.tell(&mut state);
+    }
+
+    fn tell(&self, state: &mut FeedState) {
+        self.more.notify_all();
+        if let Some(task) = state.waiting.take() {
+            task.wake();
+        }
+    }
+
     fn push(&self, bytes: &[u8]) -> bool {
         let mut state = lock(&self.state);
         if state.closed {
@@ -199,7 +240,7 @@ impl Feed {
         state.bytes.drain(..excess);
         state.bytes.extend(new);
         state.lost += (excess + bytes.len() - new.len()) as u64;
-        self.more.notify_all();
+        self.tell(&mut state);
         true
     }
 }
@@ -290,6 +331,35 @@ mod tests {
         drop(slow);
         console.output(b"x", &mut Vec::new());
         assert!(lock(&console.inner).listeners.is_empty());
+    }
+
+    #[test]
+    fn a_task_that_waits_is_woken_by_output_and_by_the_end() {
+        struct Bell(AtomicU64);
+        impl std::task::Wake for Bell {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Relaxed);
+            }
+        }
+        let bell = Arc::new(Bell(AtomicU64::new(0)));
+        let waker = Waker::from(bell.clone());
+        let mut context = Context::from_waker(&waker);
+        let console = Console::default();
+        let listener = console.subscribe();
+        assert!(listener.poll_receive(&mut context).is_pending());
+        console.output(b"hello", &mut Vec::new());
+        assert_eq!(bell.0.load(Relaxed), 1);
+        let Poll::Ready(Output::Bytes { bytes, lost: 0 }) = listener.poll_receive(&mut context) else {
+            panic!("no output")
+        };
+        assert_eq!((&bytes[..], console.printed()), (&b"hello"[..], 5));
+        assert!(listener.poll_receive(&mut context).is_pending());
+        console.close();
+        assert_eq!(bell.0.load(Relaxed), 2);
+        assert_eq!(listener.poll_receive(&mut context), Poll::Ready(Output::Closed));
+        // After a reset it can be heard again.
+        console.reset();
+        assert!(console.subscribe().poll_receive(&mut context).is_pending());
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -187,7 +186,10 @@ impl Files {
     }
 
     fn open_log(&self, vm: u32) -> io::Result<(u32, File, u64)> {
-        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(self.path(vm))?;
+        let mut options = OpenOptions::new();
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.append(true).create(true).open(self.path(vm))?;
         let len = file.metadata()?.len();
         Ok((vm, file, len))
     }

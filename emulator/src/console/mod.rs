@@ -1,7 +1,7 @@
 //! Consoles: what guests print and are typed, their logs, and the socket through which people attach.
 
+#[cfg(unix)]
 pub mod client;
-pub mod control;
 pub mod hub;
 pub mod log;
 pub mod place;

@@ -1,11 +1,10 @@
 //! The folder of a running fleet: lock, control socket, console logs.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
+#[cfg(unix)]
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{FlockOperation, flock};
 
 /// Why a fleet's folder could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +55,11 @@ pub fn default_root() -> PathBuf {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_dir());
     match runtime {
         Some(dir) if dir.is_absolute() => dir.join("linux-on-gpu"),
+        #[cfg(unix)]
         _ => std::env::temp_dir().join(format!("linux-on-gpu-{}", rustix::process::getuid().as_raw())),
+        // Each user has a temporary folder.
+        #[cfg(not(unix))]
+        _ => std::env::temp_dir().join("linux-on-gpu"),
     }
 }
 
@@ -91,19 +94,17 @@ impl Place {
         check_root(root)?;
         make_private(&self.folder)?;
         let path = self.folder.join("lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io_error(&path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        let mut options = OpenOptions::new();
+        #[cfg(unix)]
+        options.mode(0o600);
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file = options.open(&path).map_err(io_error(&path))?;
+        match file.try_lock() {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(TryLockError::WouldBlock) => {
                 let mut pid = String::new();
-                file.read_to_string(&mut pid).map_err(io_error(&path))?;
+                // Some systems let nobody read what is locked.
+                let _ = file.read_to_string(&mut pid);
                 let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
                 return Err(PlaceError::Running {
                     pid,
@@ -111,7 +112,7 @@ impl Place {
                     folder: self.folder.clone(),
                 });
             }
-            Err(error) => return Err(io_error(&path)(error.into())),
+            Err(TryLockError::Error(error)) => return Err(io_error(&path)(error)),
         }
         file.set_len(0)
             .and_then(|()| file.rewind())
@@ -143,7 +144,20 @@ impl Drop for Claim {
 
 /// Makes the root if need be. In one where others may move our folder, nothing would be ours.
 fn check_root(root: &Path) -> Result<(), PlaceError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error(root))?;
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    builder.mode(0o700);
+    builder.recursive(true).create(root).map_err(io_error(root))?;
+    is_ours(root)
+}
+
+#[cfg(not(unix))]
+fn is_ours(_root: &Path) -> Result<(), PlaceError> {
+    Ok(())
+}
+
+#[cfg(unix)]
+fn is_ours(root: &Path) -> Result<(), PlaceError> {
     let meta = fs::metadata(root).map_err(io_error(root))?;
     let ours = meta.uid() == rustix::process::getuid().as_raw() || meta.uid() == 0;
     let open = meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0;
@@ -152,10 +166,24 @@ fn check_root(root: &Path) -> Result<(), PlaceError> {
 
 /// Makes one fleet's folder, for this user alone.
 fn make_private(folder: &Path) -> Result<(), PlaceError> {
-    match DirBuilder::new().mode(0o700).create(folder) {
+    #[cfg_attr(not(unix), expect(unused_mut, reason = "there are no modes"))]
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    builder.mode(0o700);
+    match builder.create(folder) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         other => other.map_err(io_error(folder))?,
     }
+    keep_private(folder)
+}
+
+#[cfg(not(unix))]
+fn keep_private(_folder: &Path) -> Result<(), PlaceError> {
+    Ok(())
+}
+
+#[cfg(unix)]
+fn keep_private(folder: &Path) -> Result<(), PlaceError> {
     // Not followed: in a shared temporary folder a link could lead anywhere.
     let meta = fs::symlink_metadata(folder).map_err(io_error(folder))?;
     if !meta.is_dir() || meta.uid() != rustix::process::getuid().as_raw() {

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::abi::{CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, Mailbox, Vm};
+use crate::backend::native::VM_BYTES as NATIVE_VM_BYTES;
 
 /// Host memory a VM needs apart from its RAM and the ABI's structures: console tail, scheduler entry, log buffers.
 const HOST_BYTES: u64 = 16 * 1024;
@@ -53,7 +54,7 @@ impl Capacity {
     pub fn new(ram: u64, available: u64) -> Self {
         let structures = size_of::<Vm>() as u64 + size_of::<Mailbox>() as u64;
         let table = ram / u64::from(FRAME_BYTES) * 4;
-        let code = u64::from(CODE_PAGES_PER_VM) * u64::from(CODE_PAGE_BYTES);
+        let code = u64::from(CODE_PAGES_PER_VM) * u64::from(CODE_PAGE_BYTES) + NATIVE_VM_BYTES as u64;
         let overhead = structures + table + code + HOST_BYTES;
         Self {
             available,

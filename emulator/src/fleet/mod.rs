@@ -24,7 +24,7 @@ use crate::fleet::sched::Scheduler;
 use crate::net::Links;
 
 pub use sched::Activity;
-pub use vm::{Counters, Life, ReadyAt, VmStatus};
+pub use vm::{Counters, Glance, Life, ReadyAt, Stage, VmStatus};
 
 /// Locks a mutex whose data stays meaningful even if a thread panicked while it held the lock.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -299,6 +299,42 @@ impl Fleet {
     /// Lets a paused VM go on.
     pub fn resume(&self, vm: u32) {
         self.shared.sched.resume(vm);
+    }
+
+    /// Puts the VM back to before its first instruction and boots it, soon; also one that is paused or down.
+    pub fn reset(&self, vm: u32) {
+        self.shared.sched.reset(vm);
+    }
+
+    /// Looks at all VMs, in order, fast enough for once a second at any size. `activities` is kept from call to call.
+    pub fn survey(&self, activities: &mut Vec<Activity>, mut each: impl FnMut(&Glance)) {
+        self.shared.sched.activities(activities);
+        for (n, (vm, activity)) in self.shared.vms.iter().zip(activities.iter()).enumerate() {
+            let record = lock(&vm.record);
+            let glance = Glance {
+                vm: n as u32,
+                stage: record.life.stage(),
+                activity: *activity,
+                counters: record.counters(),
+            };
+            drop(record);
+            each(&glance);
+        }
+    }
+
+    /// Bytes that the VM has printed so far: a cheap way to see whether there is news.
+    pub fn printed(&self, vm: u32) -> u64 {
+        self.shared.vms[vm as usize].console.printed()
+    }
+
+    /// Memory in use.
+    pub fn memory(&self) -> MemoryUse {
+        self.shared.machines.memory()
+    }
+
+    /// Steps of all engines so far.
+    pub fn steps(&self) -> u64 {
+        self.shared.steps.load(Relaxed)
     }
 
     /// Why the machine itself failed, if it did.

@@ -48,6 +48,8 @@ pub struct Turn {
     pub vm: u32,
     /// Why it is runnable.
     pub class: Class,
+    /// It is to be reset instead of run: [`Scheduler::reset`] was called.
+    pub reset: bool,
 }
 
 #[derive(Clone)]
@@ -58,6 +60,7 @@ struct Entry {
     boot_slices: u32,
     pending: bool,
     paused: bool,
+    reset: bool,
     deadline: Option<Instant>,
 }
 
@@ -143,6 +146,20 @@ impl Scheduler {
         queue.resume(vm);
     }
 
+    /// Gives the VM a turn in which its worker resets it, also if it is paused or down.
+    pub fn reset(&self, vm: u32) {
+        let (queue, vm) = self.queue(vm);
+        queue.reset(vm);
+    }
+
+    /// What all VMs are doing, in order; one lock for each part.
+    pub fn activities(&self, all: &mut Vec<Activity>) {
+        all.clear();
+        for (_, queue) in &self.queues {
+            queue.activities(all);
+        }
+    }
+
     /// What the VM is doing.
     pub fn activity(&self, vm: u32) -> Activity {
         let (queue, vm) = self.queue(vm);
@@ -171,6 +188,7 @@ impl Queue {
             boot_slices: 0,
             pending: false,
             paused: false,
+            reset: false,
             deadline: None,
         };
         Self {
@@ -249,7 +267,11 @@ impl Queue {
     fn retire(&self, vm: u32) {
         let mut inner = lock(&self.inner);
         inner.set_timer(vm, None);
-        inner.vms[vm as usize].activity = Activity::Down;
+        if inner.vms[vm as usize].reset {
+            inner.enqueue(vm, Class::Boot);
+        } else {
+            inner.vms[vm as usize].activity = Activity::Down;
+        }
     }
 
     fn pause(&self, vm: u32) {
@@ -268,18 +290,46 @@ impl Queue {
         }
     }
 
-    fn activity(&self, vm: u32) -> Activity {
-        let inner = lock(&self.inner);
-        let entry = &inner.vms[vm as usize];
+    fn reset(&self, vm: u32) {
+        let mut inner = lock(&self.inner);
+        let entry = &mut inner.vms[vm as usize];
+        entry.reset = true;
+        entry.paused = false;
         match entry.activity {
-            Activity::Sleeping | Activity::Queued if entry.paused => Activity::Paused,
-            other => other,
+            Activity::Sleeping | Activity::Paused | Activity::Down => {
+                entry.pending = false;
+                entry.boot_slices = 0;
+                inner.set_timer(vm, None);
+                inner.enqueue(vm, Class::Boot);
+                if inner.idle > 0 {
+                    self.work.notify_one();
+                }
+            }
+            Activity::Running => entry.pending = true,
+            Activity::Queued => {}
         }
+    }
+
+    fn activities(&self, all: &mut Vec<Activity>) {
+        all.extend(lock(&self.inner).vms.iter().map(Entry::shown));
+    }
+
+    fn activity(&self, vm: u32) -> Activity {
+        lock(&self.inner).vms[vm as usize].shown()
     }
 
     fn stop(&self) {
         lock(&self.inner).stopping = true;
         self.work.notify_all();
+    }
+}
+
+impl Entry {
+    fn shown(&self) -> Activity {
+        match self.activity {
+            Activity::Sleeping | Activity::Queued if self.paused => Activity::Paused,
+            other => other,
+        }
     }
 }
 
@@ -370,7 +420,7 @@ impl Inner {
                 continue;
             }
             entry.activity = Activity::Running;
-            turns.push(Turn { vm, class: entry.class });
+            turns.push(Turn { vm, class: entry.class, reset: std::mem::take(&mut entry.reset) });
         }
     }
 

@@ -23,10 +23,46 @@ pub enum Life {
 }
 
 impl Life {
-    /// Whether it never runs again.
+    /// Whether it does not run again, unless it is reset.
     pub fn is_down(&self) -> bool {
         matches!(self, Life::Stopped | Life::Failed(_))
     }
+
+    /// The same without the reason.
+    pub fn stage(&self) -> Stage {
+        match self {
+            Life::Booting => Stage::Booting,
+            Life::Ready => Stage::Ready,
+            Life::Stopped => Stage::Stopped,
+            Life::Failed(_) => Stage::Failed,
+        }
+    }
+}
+
+/// [`Life`] without the reason of a failure: cheap to copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Until READY.
+    Booting,
+    /// READY was said.
+    Ready,
+    /// Shut down.
+    Stopped,
+    /// It can't go on.
+    Failed,
+}
+
+/// What [`crate::fleet::Fleet::survey`] tells of a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Glance {
+    /// VM number.
+    pub vm: u32,
+    /// How far it has come.
+    pub stage: Stage,
+    /// What it is doing.
+    pub activity: Activity,
+    /// Its counters.
+    pub counters: Counters,
 }
 
 /// When and where a VM said READY.
@@ -49,7 +85,7 @@ pub struct Counters {
     pub tx_frames: u64,
     /// Frames dropped at the VM's device, or because nothing was attached to it.
     pub dropped: u64,
-    /// Times the guest asked for a reboot.
+    /// Times it has started over, by its own wish or by a reset.
     pub reboots: u64,
 }
 

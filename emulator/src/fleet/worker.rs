@@ -19,6 +19,8 @@ use crate::fleet::{Shared, lock};
 
 /// Instructions after which a guest is typed to though it is not ready: somebody may want to know why.
 const LONG_BOOT: u64 = 200_000_000;
+/// VMs that a worker resets at most before it runs others again.
+const RESETS: usize = 32;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
@@ -54,6 +56,10 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         results.clear();
         if !shared.sched.take(part, batch, &mut turns) {
             break;
+        }
+        shared.start_over_those_that_shall(&mut turns);
+        if turns.is_empty() {
+            continue;
         }
         let (now, advice) = (Instant::now(), engine.budget());
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
@@ -247,6 +253,50 @@ impl Shared {
         self.sched.requeue(vm, Class::Boot);
     }
 
+    /// Takes the VMs that are to be reset from the turns, and resets them: some, so that the others don't wait long.
+    fn start_over_those_that_shall(&self, turns: &mut Vec<Turn>) {
+        let mut resets = 0;
+        turns.retain(|turn| {
+            match turn.reset {
+                true if resets < RESETS => {
+                    resets += 1;
+                    self.start_over(turn.vm);
+                }
+                true => {
+                    self.sched.requeue(turn.vm, Class::Boot);
+                    self.sched.reset(turn.vm);
+                }
+                false => {}
+            }
+            !turn.reset
+        });
+    }
+
+    /// The user's reset. The VM has this worker's turn, so no engine runs it.
+    fn start_over(&self, vm: u32) {
+        let state = &self.vms[vm as usize];
+        if let Err(error) = self.reset(vm) {
+            let why = Life::Failed(format!("it could not be reset: {error}"));
+            // Those that are down are counted as such already.
+            match state.down.load(SeqCst) {
+                true => self.sched.retire(vm),
+                false => self.take_down(vm, why),
+            }
+            return;
+        }
+        state.console.reset();
+        {
+            let mut record = lock(&state.record);
+            record.restart();
+            record.futile_boots = 0;
+        }
+        if state.down.swap(false, SeqCst) {
+            self.downs.fetch_sub(1, SeqCst);
+        }
+        self.changed();
+        self.sched.requeue(vm, Class::Boot);
+    }
+
     fn reset(&self, vm: u32) -> Result<(), EngineError> {
         let _one_at_a_time = lock(&self.resetting);
         self.machines.reset(vm)
@@ -257,8 +307,9 @@ impl Shared {
         lock(&state.record).life = life;
         state.down.store(true, SeqCst);
         self.downs.fetch_add(1, SeqCst);
-        self.sched.retire(vm);
         state.console.close();
+        // The last: from here on another worker may reset it.
+        self.sched.retire(vm);
         self.mark_dirty(vm);
         self.call_bridge();
         self.changed();

@@ -6,12 +6,17 @@ use std::ptr::NonNull;
 /// the system put next to it.
 #[cfg(unix)]
 const GUARD: usize = 64 << 10;
+/// Bytes of a large host page.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// A zeroed mapping, private to this process, given back on drop.
 #[derive(Debug)]
 pub struct Mapping {
     at: NonNull<u8>,
     bytes: usize,
+    /// All that was mapped, with what is out of bounds before and behind.
+    #[cfg(unix)]
+    outer: (*mut libc::c_void, usize),
 }
 
 // SAFETY: the mapping is plain memory; what it holds is synchronised by its users.
@@ -22,12 +27,29 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps at least `bytes` of zeroed memory, page-aligned, without reserving swap for it.
     pub fn new(bytes: usize) -> std::io::Result<Self> {
+        Self::aligned(bytes, GUARD)
+    }
+
+    /// The same in large host pages where the system has them: fewer faults and TLB misses where most of the mapping
+    /// will be used, in order.
+    pub fn large(bytes: usize) -> std::io::Result<Self> {
+        let mapping = Self::aligned(bytes, LARGE_PAGE)?;
+        #[cfg(target_os = "linux")]
+        // SAFETY: advice on a mapping of ours; a refusal changes nothing.
+        unsafe {
+            libc::madvise(mapping.at.as_ptr().cast(), mapping.bytes, libc::MADV_HUGEPAGE);
+        }
+        Ok(mapping)
+    }
+
+    /// `alignment` is a multiple of [`GUARD`] and a power of two.
+    fn aligned(bytes: usize, alignment: usize) -> std::io::Result<Self> {
         let bytes = bytes.max(1);
         #[cfg(unix)]
         {
             let too_large = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
             let bytes = bytes.checked_next_multiple_of(GUARD).ok_or_else(too_large)?;
-            let all = bytes.checked_add(2 * GUARD).ok_or_else(too_large)?;
+            let all = bytes.checked_add(GUARD + alignment).ok_or_else(too_large)?;
             let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             // SAFETY: a fresh anonymous mapping; no existing memory is affected.
             let outer = unsafe { libc::mmap(std::ptr::null_mut(), all, libc::PROT_NONE, kind, -1, 0) };
@@ -36,7 +58,10 @@ impl Mapping {
             }
             // SAFETY: within the mapping.
             let at = unsafe { outer.cast::<u8>().add(GUARD) };
-            let mapping = NonNull::new(at).map(|at| Self { at, bytes }).ok_or_else(too_large)?;
+            // SAFETY: as well: GUARD and `bytes` lie behind, and the system's addresses are multiples of a page.
+            let at = unsafe { at.add(at.align_offset(alignment).min(alignment - GUARD)) };
+            let mapping =
+                NonNull::new(at).map(|at| Self { at, bytes, outer: (outer, all) }).ok_or_else(too_large)?;
             // SAFETY: part of the fresh mapping, which `mapping` gives back if this fails.
             if unsafe { libc::mprotect(at.cast(), bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
                 return Err(std::io::Error::last_os_error());
@@ -54,16 +79,6 @@ impl Mapping {
         }
     }
 
-    /// Asks for large host pages: fewer faults and TLB misses where most of the mapping will be used in order.
-    pub fn prefer_large_pages(self) -> Self {
-        #[cfg(target_os = "linux")]
-        // SAFETY: advice on a mapping of ours; a refusal changes nothing.
-        unsafe {
-            libc::madvise(self.at.as_ptr().cast(), self.bytes, libc::MADV_HUGEPAGE);
-        }
-        self
-    }
-
     /// Start of the mapping.
     pub fn as_ptr(&self) -> *mut u8 {
         self.at.as_ptr()
@@ -75,7 +90,7 @@ impl Drop for Mapping {
         #[cfg(unix)]
         // SAFETY: `new` made this mapping, and nothing uses it any more.
         unsafe {
-            libc::munmap(self.at.as_ptr().sub(GUARD).cast(), self.bytes + 2 * GUARD);
+            libc::munmap(self.outer.0, self.outer.1);
         }
         #[cfg(not(unix))]
         // SAFETY: `new` made this allocation with the same layout.

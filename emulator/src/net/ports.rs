@@ -8,8 +8,10 @@ use mio::net::TcpListener;
 use super::address::{MAX_VMS, NoAddress};
 use super::rewrite::Ports;
 
+#[cfg(any(unix, test))]
 /// Files that the rest of the program may need beside listeners and connections.
 const FILES_FOR_OTHERS: u64 = 128;
+#[cfg(any(unix, test))]
 /// A fleet that could hold no more connections than this would be of no use.
 const FEWEST_CONNECTIONS: u64 = 64;
 
@@ -122,20 +124,39 @@ pub fn check(ports: &Ports) -> Result<(), PortsError> {
 
 /// Binds one listener a VM on 127.0.0.1, VM 0's first.
 pub fn bind(ports: &Ports) -> Result<Vec<TcpListener>, PortsError> {
-    check(ports)?;
-    let mut listeners = Vec::with_capacity(ports.vms as usize);
-    for vm in 0..ports.vms {
-        let Some(port) = ports.port_of(vm) else { break };
-        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-        listeners.push(listener.map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => PortsError::Taken { port, vm, owner: owner_of(port) },
-            io::ErrorKind::PermissionDenied => PortsError::Denied { port, vm },
-            _ => PortsError::Io { port, vm, source },
-        })?);
-    }
-    Ok(listeners)
+    bind_each(ports, TcpListener::bind)
 }
 
+/// Takes the same ports without listening there, so that nobody else gets them.
+#[cfg(target_os = "linux")]
+pub fn reserve(ports: &Ports) -> Result<Vec<std::os::fd::OwnedFd>, PortsError> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, ipproto, socket_with};
+
+    bind_each(ports, |address| {
+        let family = AddressFamily::INET;
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))?;
+        bind(&socket, &address)?;
+        Ok(socket)
+    })
+}
+
+fn bind_each<T>(ports: &Ports, bind: impl Fn(SocketAddr) -> io::Result<T>) -> Result<Vec<T>, PortsError> {
+    check(ports)?;
+    let mut bound = Vec::with_capacity(ports.vms as usize);
+    for vm in 0..ports.vms {
+        let Some(port) = ports.port_of(vm) else { break };
+        bound.push(bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).map_err(
+            |source| match source.kind() {
+                io::ErrorKind::AddrInUse => PortsError::Taken { port, vm, owner: owner_of(port) },
+                io::ErrorKind::PermissionDenied => PortsError::Denied { port, vm },
+                _ => PortsError::Io { port, vm, source },
+            },
+        )?);
+    }
+    Ok(bound)
+}
+
+#[cfg(any(unix, test))]
 /// How many connections may be open at once, and the soft limit of open files that this takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FilePlan {
@@ -143,6 +164,7 @@ struct FilePlan {
     connections: usize,
 }
 
+#[cfg(any(unix, test))]
 fn plan_files(vms: u32, wanted: usize, used: u64, soft: u64, hard: u64) -> Result<FilePlan, PortsError> {
     let fixed = u64::from(vms) + used + FILES_FOR_OTHERS;
     let needed = fixed + FEWEST_CONNECTIONS;
@@ -184,7 +206,7 @@ pub fn allow_files(_vms: u32, wanted: usize) -> Result<usize, PortsError> {
 fn owner_of(port: u16) -> Option<String> {
     use std::fs;
 
-    let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
+    let inode = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"]
         .into_iter()
         .find_map(|table| listener_inode(&fs::read_to_string(table).ok()?, port))?;
     let socket = format!("socket:[{inode}]");

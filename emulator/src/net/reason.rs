@@ -63,6 +63,21 @@ pub enum Reason {
     /// The receiver is down.
     #[error("the receiver is down")]
     Down,
+    /// VMs of this fleet don't reach one another.
+    #[error("VMs are isolated from one another")]
+    Isolated,
+    /// The VM sends or gets more than it may.
+    #[error("beyond the VM's rate limit")]
+    RateLimit,
+    /// A fault that was asked for.
+    #[error("a fault that was asked for (--fault)")]
+    Fault,
+    /// Too many connections are remembered already.
+    #[error("too many connections at once")]
+    Flows,
+    /// The host took no more packets.
+    #[error("the host's queue is full")]
+    HostFull,
     /// The TCP code failed on this packet; its connection was reset.
     #[error("the host's TCP failed on this packet")]
     Stack,
@@ -70,7 +85,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of their counters.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 26] = [
         Self::Truncated,
         Self::Oversized,
         Self::Malformed,
@@ -91,6 +106,11 @@ impl Reason {
         Self::NoConnection,
         Self::QueueFull,
         Self::Down,
+        Self::Isolated,
+        Self::RateLimit,
+        Self::Fault,
+        Self::Flows,
+        Self::HostFull,
         Self::Stack,
     ];
 
@@ -117,6 +137,11 @@ impl Reason {
             Self::NoConnection => "no_connection",
             Self::QueueFull => "queue_full",
             Self::Down => "down",
+            Self::Isolated => "isolated",
+            Self::RateLimit => "rate_limit",
+            Self::Fault => "fault",
+            Self::Flows => "flows",
+            Self::HostFull => "host_full",
             Self::Stack => "stack",
         }
     }

@@ -1,16 +1,15 @@
 //! Packet rewriting between the host's ports and the VMs' links: pure functions from packet to packet.
 //!
-//! A host packet to port P + N becomes a frame to VM N: destination MAC, IP and port are VM N's, the source address is
-//! the LAN's host side, the source port stays. A VM's answer goes the same way back. Checksums follow incrementally
-//! (RFC 1624), so a packet that was damaged on its way stays recognisable as damaged.
+//! [`super::gateway`] says which addresses a packet gets; here it gets them. Checksums follow incrementally (RFC 1624), so
+//! a packet that was damaged on its way stays recognisable as damaged.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 
 use etherparse::EtherType;
 
-use super::address::{HOST_IP, HOST_MAC, ip_of, mac_of};
-use super::checksum::Incremental;
-use super::packet::{Carries, ETHERNET_LEN, Ethernet, FrameBuf, Ipv4, MTU, write_ethernet};
+use super::address::{HOST_MAC, mac_of};
+use super::checksum::{self, Incremental};
+use super::packet::{ETHERNET_LEN, FrameBuf, Ipv4, MTU, TCP, write_ethernet};
 use super::reason::Reason;
 
 /// Room for one IPv4 packet.
@@ -41,87 +40,6 @@ impl Ports {
         }
         u16::try_from(u32::from(self.base).checked_add(vm)?).ok()
     }
-}
-
-/// A host packet that became a frame for a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ToVm {
-    /// The VM.
-    pub vm: u32,
-    /// Length of the frame.
-    pub len: usize,
-    /// The addresses that the way back has to restore.
-    pub flow: Flow,
-}
-
-/// The host's addresses of a flow, which a VM never sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flow {
-    /// The client's address.
-    pub client: Ipv4Addr,
-    /// The address that the client connected to.
-    pub served: Ipv4Addr,
-}
-
-/// Rewrites a host's IPv4 packet to one of `ports` into a frame for that VM.
-pub fn to_vm(packet: &[u8], ports: &Ports, frame: &mut FrameBuf) -> Result<ToVm, Reason> {
-    let ip = Ipv4::parse(packet)?;
-    ip.whole_and_plain()?;
-    let segment = ip.segment()?;
-    let vm = ports.vm_of(segment.dst_port).ok_or(Reason::Port)?;
-    let mac = mac_of(vm).map_err(|_| Reason::UnknownDestination)?;
-    let address = ip_of(vm).map_err(|_| Reason::UnknownDestination)?;
-
-    let body = &mut write_ethernet(frame, mac, HOST_MAC, EtherType::IPV4)[..ip.bytes().len()];
-    readdress(
-        &ip,
-        body,
-        SocketAddrV4::new(HOST_IP, segment.src_port),
-        SocketAddrV4::new(address, ports.guest),
-    )?;
-    Ok(ToVm { vm, len: ETHERNET_LEN + body.len(), flow: Flow { client: ip.src(), served: ip.dst() } })
-}
-
-/// Rewrites VM `vm`'s frame to the host side into the host's IPv4 packet; returns the packet's length.
-pub fn to_host(
-    frame: &[u8],
-    vm: u32,
-    ports: &Ports,
-    flow: Flow,
-    packet: &mut PacketBuf,
-) -> Result<usize, Reason> {
-    let ethernet = Ethernet::parse(frame)?;
-    if Ok(ethernet.src) != mac_of(vm) {
-        return Err(Reason::WrongSourceMac);
-    }
-    if ethernet.dst != HOST_MAC {
-        return Err(Reason::UnknownDestination);
-    }
-    if ethernet.carries != Carries::Ipv4 {
-        return Err(Reason::EtherType);
-    }
-    let ip = Ipv4::parse(ethernet.payload)?;
-    if Ok(ip.src()) != ip_of(vm) {
-        return Err(Reason::WrongSourceIp);
-    }
-    if ip.dst() != HOST_IP {
-        return Err(Reason::UnknownDestination);
-    }
-    ip.whole_and_plain()?;
-    let segment = ip.segment()?;
-    if segment.src_port != ports.guest {
-        return Err(Reason::Port);
-    }
-    let port = ports.port_of(vm).ok_or(Reason::Port)?;
-
-    let packet = &mut packet[..ip.bytes().len()];
-    readdress(
-        &ip,
-        packet,
-        SocketAddrV4::new(flow.served, port),
-        SocketAddrV4::new(flow.client, segment.dst_port),
-    )?;
-    Ok(packet.len())
 }
 
 /// Copies a whole TCP or UDP packet into `out` (of the same length) with other addresses and ports.
@@ -163,6 +81,85 @@ pub fn frame_to_vm(packet: &[u8], vm: u32, frame: &mut FrameBuf) -> Result<usize
     }
     write_ethernet(frame, mac, HOST_MAC, EtherType::IPV4)[..packet.len()].copy_from_slice(packet);
     Ok(ETHERNET_LEN + packet.len())
+}
+
+/// The reset that TCP sends when it knows no connection for a segment (RFC 9293, 3.10.7.1); none for what is no TCP,
+/// or a reset itself. Returns its length.
+pub fn reset_for(ip: &Ipv4<'_>, out: &mut PacketBuf) -> Option<usize> {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const ACK: u8 = 16;
+    let segment = ip.segment().ok().filter(|_| ip.protocol() == TCP)?;
+    let tcp = ip.payload();
+    let flags = tcp[13];
+    if flags & RST != 0 {
+        return None;
+    }
+    let long = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
+    let length = tcp.len() - usize::from(tcp[12] >> 4) * 4;
+    let length = length as u32 + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+    let (seq, ack, with) =
+        if flags & ACK != 0 { (long(8), 0, RST) } else { (0, long(4).wrapping_add(length), RST | ACK) };
+
+    let out = &mut out[..40];
+    out.fill(0);
+    out[0] = 0x45;
+    put_word(out, 2, 40);
+    out[6] = 0x40; // don't fragment
+    out[8] = 64;
+    out[9] = TCP;
+    out[12..16].copy_from_slice(&ip.dst().octets());
+    out[16..20].copy_from_slice(&ip.src().octets());
+    let sum = checksum::of(&out[..20]);
+    put_word(out, 10, sum);
+    put_word(out, 20, segment.dst_port);
+    put_word(out, 22, segment.src_port);
+    out[24..28].copy_from_slice(&seq.to_be_bytes());
+    out[28..32].copy_from_slice(&ack.to_be_bytes());
+    out[32] = 5 << 4;
+    out[33] = with;
+    let sum = checksum::of_segment(ip.dst(), ip.src(), TCP, &out[20..]);
+    put_word(out, 36, sum);
+    Some(40)
+}
+
+/// What remains of a segment all of whose data was acknowledged already, up to `acked`, but not the FIN behind it: the FIN
+/// alone. None for any other packet. Returns the length.
+pub fn only_fin(ip: &Ipv4<'_>, acked: u32, out: &mut PacketBuf) -> Option<usize> {
+    const FIN: u8 = 1;
+    ip.segment().ok().filter(|_| ip.protocol() == TCP)?;
+    let tcp = ip.payload();
+    let header = usize::from(tcp[12] >> 4) * 4;
+    let seq = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
+    let data = (tcp.len() - header) as u32;
+    if tcp[13] & FIN == 0 || data == 0 || seq.wrapping_add(data) != acked {
+        return None;
+    }
+    let len = ip.header_len() + header;
+    let out = &mut out[..len];
+    out.copy_from_slice(&ip.bytes()[..len]);
+    put_word(out, 2, len as u16);
+    out[ip.header_len() + 4..ip.header_len() + 8].copy_from_slice(&acked.to_be_bytes());
+    fill_checksums(out);
+    Some(len)
+}
+
+/// Computes the checksums of a whole IPv4 packet anew, in place. What can't be read stays as it is: it is refused later.
+pub fn fill_checksums(packet: &mut [u8]) {
+    let header = usize::from(packet.first().copied().unwrap_or(0) & 0xf) * 4;
+    if header < 20 || packet.len() < header {
+        return;
+    }
+    put_word(packet, 10, 0);
+    let sum = checksum::of(&packet[..header]);
+    put_word(packet, 10, sum);
+    let Ok(ip) = Ipv4::parse(packet) else { return };
+    let (Ok(segment), len) = (ip.segment(), ip.bytes().len()) else { return };
+    let (src, dst, protocol) = (ip.src(), ip.dst(), ip.protocol());
+    put_word(packet, segment.checksum_at, 0);
+    let sum = checksum::of_segment(src, dst, protocol, &packet[header..len]);
+    put_word(packet, segment.checksum_at, if sum == 0 && segment.optional { 0xffff } else { sum });
 }
 
 fn word(bytes: &[u8], at: usize) -> u16 {

@@ -13,6 +13,10 @@ use super::checksum::{self, Incremental};
 use super::packet::{Carries, ETHERNET_LEN, Ethernet, FrameBuf, ICMP, Ipv4, write_ethernet};
 use super::reason::Reason;
 
+/// Types of ICMP messages.
+const ECHO_REPLY: u8 = 0;
+const ECHO: u8 = 8;
+
 /// What to do with a frame.
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict<'a> {
@@ -116,16 +120,16 @@ fn to_host<'a>(from: u32, ip: Ipv4<'a>, reply: &mut FrameBuf) -> Result<Verdict<
         return Err(Reason::UnknownDestination);
     }
     ip.whole_and_plain()?;
-    if ip.protocol() == ICMP {
-        return answer_echo(from, ip, reply).map(Verdict::Reply);
+    match (ip.protocol(), ip.payload().first()) {
+        // The host has asked, if its transport lets it ask.
+        (ICMP, Some(&ECHO_REPLY)) => Ok(Verdict::Host(ip)),
+        (ICMP, _) => answer_echo(from, ip, reply).map(Verdict::Reply),
+        _ => Ok(Verdict::Host(ip)),
     }
-    Ok(Verdict::Host(ip))
 }
 
 /// Answers a ping (RFC 792); returns the answer's length.
 fn answer_echo(from: u32, ip: Ipv4<'_>, reply: &mut FrameBuf) -> Result<usize, Reason> {
-    const ECHO_REPLY: u8 = 0;
-    const ECHO: u8 = 8;
     let echo = ip.payload();
     if echo.len() < 8 {
         return Err(Reason::Truncated);

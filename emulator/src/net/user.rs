@@ -5,9 +5,9 @@
 
 mod connection;
 mod event_loop;
+mod services;
 mod stack;
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -17,8 +17,12 @@ use mio::net::TcpListener;
 use mio::{Poll, Waker};
 
 use super::Links;
+pub use super::bridge::Error;
+use super::bridge::{Bridge, io_error};
 use super::counters::Counters;
-use super::ports::{self, PortsError};
+use super::lan::{Lan, Watch};
+use super::policy::Policy;
+use super::ports;
 use super::rewrite::Ports;
 use event_loop::{EventLoop, WAKER};
 
@@ -75,45 +79,11 @@ impl Default for Limits {
     }
 }
 
-/// Why the bridge could not be started, or ended by itself.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The host ports could not be had.
-    #[error(transparent)]
-    Ports(#[from] PortsError),
-    /// The links belong to another number of VMs than the ports.
-    #[error("the bridge has ports for {ports} VMs, but the fleet has {vms}")]
-    Vms {
-        /// VMs that have ports.
-        ports: u32,
-        /// VMs in the fleet.
-        vms: u32,
-    },
-    /// Started twice.
-    #[error("the bridge was started already")]
-    Started,
-    /// The system refused something that the bridge can't do without.
-    #[error("the bridge can't {what}")]
-    Io {
-        /// What it was about to do.
-        what: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The bridge's thread failed: a mistake in the program.
-    #[error("the bridge's thread failed")]
-    Failed,
-}
-
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io { what, source }
-}
-
 /// The bridge: bound, then started, then stopped (at the latest when dropped).
 pub struct UserBridge {
     config: Config,
-    counters: Arc<Counters>,
+    policy: Policy,
+    watch: Watch,
     listeners: Option<Vec<TcpListener>>,
     running: Option<Running>,
 }
@@ -128,11 +98,17 @@ struct Running {
 impl UserBridge {
     /// Takes all ports, or none. Nothing is served before [`UserBridge::start`], but clients can already connect and
     /// wait.
-    pub fn bind(mut config: Config) -> Result<Self, Error> {
+    pub fn bind(config: Config) -> Result<Self, Error> {
+        Self::bind_with(config, Policy::default())
+    }
+
+    /// As [`UserBridge::bind`], with a policy.
+    pub fn bind_with(mut config: Config, policy: Policy) -> Result<Self, Error> {
         ports::check(&config.ports)?;
         config.limits.connections = ports::allow_files(config.ports.vms, config.limits.connections)?;
         let listeners = ports::bind(&config.ports)?;
-        Ok(Self { config, counters: Arc::default(), listeners: Some(listeners), running: None })
+        let watch = Watch::new(config.ports.vms);
+        Ok(Self { config, policy, watch, listeners: Some(listeners), running: None })
     }
 
     /// Starts to serve, in a thread of its own.
@@ -148,8 +124,8 @@ impl UserBridge {
         let woken = Arc::new(AtomicBool::new(false));
         let mut event_loop = EventLoop::new(
             self.config,
-            links.clone(),
-            self.counters.clone(),
+            Lan::new(links.clone(), self.watch.clone(), &self.policy),
+            self.policy.services.clone(),
             poll,
             listeners,
             stop.clone(),
@@ -181,7 +157,9 @@ impl UserBridge {
         let woken = running.waker.wake();
         running.links.set_waker(Arc::new(|| ()));
         woken.map_err(io_error("wake its thread"))?;
-        running.thread.join().map_err(|_| Error::Failed)?
+        let result = running.thread.join().map_err(|_| Error::Failed)?;
+        self.watch.tap.close();
+        result
     }
 
     /// Whether it serves. Once started it does until it is stopped, unless the system fails it: [`UserBridge::stop`] then
@@ -192,12 +170,34 @@ impl UserBridge {
 
     /// What passed so far. Can be read while the bridge runs and after it stopped.
     pub fn counters(&self) -> Arc<Counters> {
-        self.counters.clone()
+        self.watch.counters.clone()
     }
 
     /// The configuration, with the number of connections that the limit of open files leaves.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+}
+
+impl Bridge for UserBridge {
+    fn start(&mut self, links: Arc<dyn Links>) -> Result<(), Error> {
+        UserBridge::start(self, links)
+    }
+
+    fn stop(&mut self) -> Result<(), Error> {
+        UserBridge::stop(self)
+    }
+
+    fn has_failed(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.thread.is_finished())
+    }
+
+    fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    fn ports(&self) -> Ports {
+        self.config.ports
     }
 }
 

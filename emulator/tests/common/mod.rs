@@ -44,14 +44,45 @@ unsafe extern "C" {
         request: *const SliceRequest,
         result: *mut SliceResult,
     );
+    /// kernels/tests/warp_cpu.cpp
+    fn machine_warp_run(
+        engine: *mut u8,
+        vm: *mut Vm,
+        pool: *mut Pool,
+        mail: *mut Mailbox,
+        request: *const SliceRequest,
+        result: *mut SliceResult,
+    );
+}
+
+/// What runs the slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The CPU's engine.
+    Threaded,
+    /// `step`, one instruction at a time.
+    Step,
+    /// The GPU's engine W, its warp made of fibers.
+    Warp,
+}
+
+impl By {
+    /// As the variable MACHINE_ENGINE says: `step`, `warp`, or nothing.
+    pub fn environment() -> Self {
+        match std::env::var("MACHINE_ENGINE").as_deref() {
+            Ok("step") => Self::Step,
+            Ok("warp") => Self::Warp,
+            _ => Self::Threaded,
+        }
+    }
 }
 
 /// A small fleet under test. Methods without a VM number are about VM 0.
 pub struct Bench {
     pub machines: CpuMachines,
     engine: Box<dyn Engine>,
-    /// Slices run on `step` instead of the threaded engine: the variable MACHINE_ENGINE is `step`.
-    pub by_step: bool,
+    /// What runs the slices. Not to be changed after the first one: engines keep decoded code in their own ways.
+    pub by: By,
     /// Time mode of the slices.
     pub time_mode: u32,
     /// Host time of the slices in guest ticks, in real time.
@@ -78,9 +109,18 @@ impl Bench {
             seed: Some(7),
         };
         let machines = CpuMachines::new(config).unwrap();
+        // Soon, so that code runs in both ways. The variable MACHINE_NATIVE says when; 0: never.
+        let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
+        machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
-        let by_step = std::env::var("MACHINE_ENGINE").is_ok_and(|name| name == "step");
-        Self { machines, engine, by_step, time_mode: TIME_VIRTUAL, now_ticks: 0 }
+        Self { machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
+    }
+
+    /// On an engine that makes code native after so many jumps; 0: never.
+    pub fn native_after(mut self, jumps: u8) -> Self {
+        self.machines.native_after(jumps);
+        self.engine = self.machines.engines().unwrap().remove(0);
+        self
     }
 
     #[allow(clippy::mut_from_ref)]
@@ -107,9 +147,13 @@ impl Bench {
     pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
         let request =
             SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
-        if self.by_step {
-            // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
-            return unsafe { self.machines.run_on(machine_step_run, vm, &request) };
+        // SAFETY: they are built from the same headers; `&mut self` is the only user of the VM.
+        unsafe {
+            match self.by {
+                By::Threaded => (),
+                By::Step => return self.machines.run_on(machine_step_run, vm, &request),
+                By::Warp => return self.machines.run_on(machine_warp_run, vm, &request),
+            }
         }
         let mut results = Vec::new();
         self.engine.run(&[Slice { vm, request }], &mut results).unwrap();

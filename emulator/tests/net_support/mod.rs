@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use emulator::abi::NET_SLOTS;
+use emulator::net::policy::Policy;
 use emulator::net::ports::PortsError;
 use emulator::net::user::{Config, Error, Limits, UserBridge};
 use emulator::net::{Full, Links};
@@ -264,7 +265,7 @@ impl Drop for Fleet {
     }
 }
 
-fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
+pub fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
     while !stop.load(Ordering::Acquire) {
         let mut inbox = links.inbox.lock().unwrap();
         if inbox.is_empty() {
@@ -289,6 +290,11 @@ fn run_guests(guests: &mut [Guest], links: &FakeLinks, stop: &AtomicBool) {
 
 /// A bridge on ports that are free now.
 pub fn bind_anywhere(vms: u32, limits: Limits) -> UserBridge {
+    bind_anywhere_with(vms, limits, Policy::default())
+}
+
+/// The same, with a policy.
+pub fn bind_anywhere_with(vms: u32, limits: Limits, policy: Policy) -> UserBridge {
     for attempt in 0..100 {
         let probe = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let port = probe.local_addr().unwrap().port();
@@ -297,7 +303,7 @@ pub fn bind_anywhere(vms: u32, limits: Limits) -> UserBridge {
         let base = if vms < 256 { port } else { 2000 + attempt * 251 };
         let mut config = Config::new(base, vms);
         config.limits = limits;
-        match UserBridge::bind(config) {
+        match UserBridge::bind_with(config, policy.clone()) {
             Ok(bridge) => return bridge,
             Err(Error::Ports(PortsError::Taken { .. } | PortsError::Beyond { .. })) => {}
             Err(error) => panic!("{error}"),

@@ -45,6 +45,12 @@ pub struct Defaults {
     pub time: Time,
     /// Network back end.
     pub net: Net,
+    /// VMs don't reach one another.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub isolate: bool,
+    /// Services of the host that VMs may use, HOST:GUEST.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<String>,
 }
 
 /// Physical addresses and sizes, in bytes.
@@ -178,7 +184,13 @@ impl Manifest {
             description: profile.description.clone(),
             builder,
             bootargs: profile.bootargs.clone(),
-            defaults: Defaults { vms: profile.vms, time: profile.time, net: profile.net },
+            defaults: Defaults {
+                vms: profile.vms,
+                time: profile.time,
+                net: profile.net,
+                isolate: profile.isolate,
+                services: profile.services.clone(),
+            },
             layout,
             files,
             inputs,

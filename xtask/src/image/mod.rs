@@ -10,6 +10,7 @@ pub mod cpio;
 pub mod direct;
 pub mod dts;
 pub mod error;
+pub mod fault;
 pub mod init;
 pub mod kernel_image;
 pub mod manifest;
@@ -54,6 +55,8 @@ pub struct Options {
     pub buildroot: buildroot::Options,
     /// Keep to the builder of the image that is there.
     pub keep: bool,
+    /// Something to be missing in the guest.
+    pub fault: Option<fault::InitFault>,
 }
 
 /// An image that is there.
@@ -80,6 +83,7 @@ impl From<&ImageChoice> for Options {
             quiet: choice.quiet,
             buildroot: (&choice.buildroot).into(),
             keep: false,
+            fault: None,
         }
     }
 }
@@ -101,7 +105,15 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
         return Ok(());
     }
     let start = Instant::now();
-    let options = Options::from(&args.choice);
+    let fault = args.fault.as_deref().map(str::parse::<fault::Fault>).transpose()?;
+    if fault.is_some_and(|fault| fault.init.is_none()) {
+        return Err(Error::plain(
+            "--fault: mac and checksum are faults of the network, not of an image",
+            "Give them to `cargo xtask run --fault`.",
+        )
+        .into());
+    }
+    let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
     let image = ensure(&root, &args.choice.profile, &options)?;
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
@@ -229,7 +241,7 @@ impl Plan {
             )?;
             overlays.push((name.clone(), overlay));
         }
-        let init = init::layer(&profile)?;
+        let init = init::layer(&profile, options.fault)?;
         layers.add(GENERATED, &init, &[], None)?;
         let template = dts::template(root)?;
         // With figures that fit: a broken template should not wait until the kernel is built.
@@ -241,6 +253,10 @@ impl Plan {
         let out = match ram == profile.ram.value {
             true => profile.name.clone(),
             false => format!("{}-{}", profile.name, ram.to_string().replace(' ', "")),
+        };
+        let out = match &options.fault {
+            None => out,
+            Some(fault) => format!("{out}-fault-{}", fault.name()),
         };
         Ok(Self { profile, wanted, ram, overlays, init, template, out })
     }

@@ -44,6 +44,10 @@ pub struct Profile {
     pub time: Time,
     /// The network back end.
     pub net: Net,
+    /// VMs don't reach one another.
+    pub isolate: bool,
+    /// Services of the host that VMs may use, HOST:GUEST.
+    pub services: Vec<String>,
     /// The kernel's command line.
     pub bootargs: String,
     /// What /init starts, in lg-init's words.
@@ -80,6 +84,8 @@ pub enum Time {
 pub enum Net {
     /// Host sockets, no privileges.
     User,
+    /// A network device, with privileges.
+    Tun,
     /// No network outside the fleet.
     Off,
 }
@@ -102,6 +108,8 @@ struct Raw {
     vms: Option<Spanned<String>>,
     time: Option<Spanned<String>>,
     net: Option<Spanned<String>>,
+    isolate: Option<Spanned<String>>,
+    services: Option<Vec<Spanned<String>>>,
     bootargs: Option<Spanned<String>>,
     init: Option<Vec<Spanned<String>>>,
     ready_port: Option<Spanned<String>>,
@@ -120,6 +128,8 @@ struct Merged {
     vms: Option<Located<String>>,
     time: Option<Located<String>>,
     net: Option<Located<String>>,
+    isolate: Option<Located<String>>,
+    services: Vec<Located<String>>,
     bootargs: Option<Located<String>>,
     init: Vec<Located<String>>,
     ready_port: Option<Located<String>>,
@@ -179,6 +189,7 @@ impl Merged {
         scalar(&mut self.vms, raw.vms);
         scalar(&mut self.time, raw.time);
         scalar(&mut self.net, raw.net);
+        scalar(&mut self.isolate, raw.isolate);
         scalar(&mut self.bootargs, raw.bootargs);
         scalar(&mut self.ready_port, raw.ready_port);
         // Lists are appended. A name that is there already stays where it is; init lines may well repeat.
@@ -193,6 +204,7 @@ impl Merged {
         names(&mut self.kernel_fragments, raw.kernel_fragments);
         names(&mut self.busybox_fragments, raw.busybox_fragments);
         names(&mut self.overlays, raw.overlays);
+        names(&mut self.services, raw.services);
         self.init.extend(raw.init.into_iter().flatten().map(|item| source.locate(item)));
         self.sources.push(source);
         Ok(())
@@ -258,6 +270,8 @@ impl Merged {
             vms: vms.unwrap_or(1),
             time: word("time", self.time.as_ref(), TIMES)?.unwrap_or(Time::Real),
             net: word("net", self.net.as_ref(), NETS)?.unwrap_or(Net::User),
+            isolate: word("isolate", self.isolate.as_ref(), SWITCH)?.unwrap_or(false),
+            services: self.services.iter().map(service).collect::<Result<_, _>>()?,
             bootargs: self.bootargs.map_or_else(|| "console=ttyS0".to_owned(), |b| b.value),
             init: self.init,
             ready_port: ready_port.and_then(|p| u16::try_from(p).ok()).unwrap_or(0),
@@ -269,7 +283,8 @@ impl Merged {
 const BUILDERS: &[(&str, BuilderName)] =
     &[("direct", BuilderName::Direct), ("buildroot", BuilderName::Buildroot)];
 const TIMES: &[(&str, Time)] = &[("real", Time::Real), ("virtual", Time::Virtual)];
-const NETS: &[(&str, Net)] = &[("user", Net::User), ("off", Net::Off)];
+const NETS: &[(&str, Net)] = &[("user", Net::User), ("tun", Net::Tun), ("off", Net::Off)];
+const SWITCH: &[(&str, bool)] = &[("true", true), ("false", false)];
 const RAM_HELP: &str = "Write a number and a unit, as in `ram: 8 MiB`. Units: KiB, MiB, GiB.";
 
 /// One of a few words.
@@ -286,6 +301,18 @@ fn word<T: Copy>(
     Err(value.error(
         format!("{key}: `{}` is not one of {}", value.value, list(&names)),
         format!("{}Write one of: {}.", did_you_mean(&value.value, &names), list(&names)),
+    ))
+}
+
+/// A host port and the guest port it is seen at.
+fn service(value: &Located<String>) -> Result<String, Error> {
+    let ports: Vec<&str> = value.value.split(':').collect();
+    if ports.len() == 2 && ports.iter().all(|port| port.parse::<u16>().is_ok_and(|port| port > 0)) {
+        return Ok(value.value.clone());
+    }
+    Err(value.error(
+        format!("services: `{}` is not of the form HOST:GUEST", value.value),
+        "Write two ports from 1 to 65535: the host's, and the one that guests connect to, as in \"5432:15432\".".to_owned(),
     ))
 }
 

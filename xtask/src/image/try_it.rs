@@ -51,7 +51,7 @@ pub fn run(
     // Another machine's addresses: a later /init replaces the one before.
     let path = image.join("initrd.cpio");
     let mut initrd = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    initrd.extend(cpio::archive(&init::layer_for(profile, machine)?, 1 << 20)?);
+    initrd.extend(cpio::archive(&init::layer_for(profile, machine, None)?, 1 << 20)?);
     let own = dir.path().join("initrd.cpio");
     fs::write(&own, &initrd).map_err(|e| Error::write(&own, initrd.len() as u64, e))?;
     let command = match other {

@@ -4,22 +4,25 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
 
 use super::Config;
 use super::cubin::{self, Code};
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
 use super::error::Error;
 use super::plan::{Demand, DoesNotFit, Plan};
-use crate::abi::{CODE_PAGE_BYTES, FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, Vm};
+use crate::abi::{FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, TRACE_BYTES, Vm};
 use crate::backend::nvrtc::Compiler;
 use crate::backend::start::{self, Identity};
 use crate::memory::SharedFrames;
 
 /// Register budgets, and the VMs per multiprocessor up to which each is the best: with few, each thread may have what
 /// it likes; with many, more warps have to fit.
-const REGISTERS: [(u32, u32); 2] = [(16, 96), (u32::MAX, 64)];
+const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 /// Threads that set up one VM.
 const SETUP_THREADS: u32 = 128;
+/// Decoded code is not cleared more often.
+const CLEAR_AT_MOST_EVERY: Duration = Duration::from_secs(5);
 /// Entries written at once to large tables.
 const CHUNK: u32 = 1 << 20;
 
@@ -27,7 +30,6 @@ const CHUNK: u32 = 1 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub private_frames: AtomicU32,
-    pub code_pages: AtomicU32,
     pub pc: AtomicU32,
     pub cause: AtomicU32,
     pub epc: AtomicU32,
@@ -36,7 +38,6 @@ pub(super) struct Known {
 impl Known {
     pub fn update(&self, result: &SliceResult) {
         self.private_frames.store(result.private_frames, Relaxed);
-        self.code_pages.store(result.code_pages, Relaxed);
         self.pc.store(result.pc, Relaxed);
         self.cause.store(result.last_trap[0], Relaxed);
         self.epc.store(result.last_trap[1], Relaxed);
@@ -61,12 +62,16 @@ pub(super) struct Device {
     pub resources: Resources,
     pub code: Code,
     reset: Function,
+    forget_code: Function,
+    code_cleared: Mutex<Option<Instant>>,
     control: Mutex<Stream>,
     tables: Buffer,
     first_table: Buffer,
     pages: u32,
+    /// Where in its memory the frames begin.
+    first_frame: u64,
     // reached through the pool alone
-    _memory: [Buffer; 5],
+    _memory: [Buffer; 6],
 }
 
 fn take(context: &Arc<Context>, what: &'static str, bytes: u64) -> Result<Buffer, Error> {
@@ -98,10 +103,11 @@ impl Device {
         let registers = config.registers.unwrap_or(registers(vms, properties.multiprocessors));
         let code = cubin::kernels(compiler, &properties.arch(), registers, cache)?;
         let module = Module::load(&context, &code.cubin)?;
-        let (setup, run, reset) = (
+        let (setup, run, reset, forget_code) = (
             module.function(c"machine_setup")?,
             module.function(c"machine_run_w")?,
             module.function(c"machine_reset")?,
+            module.function(c"machine_forget_code")?,
         );
         let resources = run.resources()?;
 
@@ -112,14 +118,15 @@ impl Device {
             Error::DoesNotFit { ordinal, name, free, vms, ram: config.boot.ram_bytes, fits }
         })?;
         let frames = u64::from(plan.private_frames) + u64::from(shared.count);
-        let vm_code_pages = vms * plan.code_pages_per_vm;
-        let code_pages = u64::from(vm_code_pages) + u64::from(shared.count);
         let words = |count: u64| count * 4;
-        let base = take(&context, "guest RAM", frames * u64::from(FRAME_BYTES))?;
+        // Engine W puts addresses together from a frame's and the offset in it.
+        let base = take(&context, "guest RAM", (frames + 1) * u64::from(FRAME_BYTES))?;
+        let first_frame = base.address().next_multiple_of(FRAME_BYTES.into()) - base.address();
         let ring = take(&context, "the free list", words(plan.private_frames.into()))?;
         let code_of = take(&context, "the code table", words(frames))?;
-        let code_frame = take(&context, "the code pages' frames", words(code_pages))?;
-        let code_memory = take(&context, "code pages", code_pages * u64::from(CODE_PAGE_BYTES))?;
+        let texts = take(&context, "texts", u64::from(plan.texts) * u64::from(TEXT_BYTES))?;
+        let text_table = take(&context, "the texts' table", words(plan.slots().into()))?;
+        let traces = take(&context, "traces", u64::from(plan.traces()) * u64::from(TRACE_BYTES))?;
         let mail = Pinned::<Mailbox>::new(&context, vms as usize)
             .map_err(|cause| no_memory("mailboxes", vms as u64 * size_of::<Mailbox>() as u64, cause))?;
         for vm in 0..vms as usize {
@@ -141,52 +148,56 @@ impl Device {
             context,
             run,
             reset,
+            forget_code,
+            code_cleared: Mutex::new(None),
             mail,
             plan,
             registers,
             resources,
             code,
             pages,
-            _memory: [base, ring, code_of, code_frame, code_memory],
+            first_frame,
+            _memory: [base, ring, code_of, texts, text_table, traces],
         };
-        device.fill(config, shared, vm_code_pages)?;
+        device.fill(config, shared)?;
         device.set_up(config, &setup)?;
         Ok(device)
     }
 
     /// Writes what all VMs share.
-    fn fill(&self, config: &Config, shared: &SharedFrames, vm_code_pages: u32) -> Result<(), Error> {
-        let [base, ring, code_of, code_frame, code] = &self._memory;
+    fn fill(&self, config: &Config, shared: &SharedFrames) -> Result<(), Error> {
+        let [base, ring, code_of, texts, text_table, traces] = &self._memory;
         let stream = crate::fleet::lock(&self.control);
         let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
         shared.fill(&config.boot, &mut frames);
-        base.write(&stream, 0, &frames)?;
+        base.write(&stream, self.first_frame, &frames)?;
         for start in (0..self.plan.private_frames).step_by(CHUNK as usize) {
             let end = self.plan.private_frames.min(start.saturating_add(CHUNK));
             let numbers: Vec<u32> = (start..end).map(|i| shared.count + i).collect();
             ring.write(&stream, u64::from(start) * 4, &numbers)?;
         }
-        // Shared frames own the code pages after those of the VMs, one each, for good.
         code_of.zero(&stream, 0, code_of.bytes())?;
-        let pages: Vec<u32> = (0..shared.count).map(|frame| vm_code_pages + frame + 1).collect();
-        code_of.write(&stream, 0, &pages)?;
-        let numbers: Vec<u32> = (0..shared.count).collect();
-        code_frame.write(&stream, u64::from(vm_code_pages) * 4, &numbers)?;
-        let page = u64::from(CODE_PAGE_BYTES);
-        code.zero(&stream, u64::from(vm_code_pages) * page, u64::from(shared.count) * page)?;
+        text_table.zero(&stream, 0, text_table.bytes())?;
         self.first_table.write(&stream, 0, &shared.table)?;
         let pool = Pool {
-            base_ptr: base.address(),
+            base_ptr: base.address() + self.first_frame,
             ring_ptr: ring.address(),
             head: 0,
             tail: self.plan.private_frames.into(),
             capacity: self.plan.private_frames.max(1),
             shared_frames: shared.count,
             code_of_ptr: code_of.address(),
-            code_frame_ptr: code_frame.address(),
-            code_ptr: code.address(),
-            code_pages_per_vm: self.plan.code_pages_per_vm,
-            reserved: 0,
+            code_frame_ptr: 0,
+            code_ptr: 0,
+            code_pages_per_vm: 0,
+            text_count: 0,
+            text_ptr: texts.address(),
+            text_table_ptr: text_table.address(),
+            trace_ptr: traces.address(),
+            text_capacity: self.plan.texts,
+            text_slots: self.plan.slots(),
+            trace_capacity: self.plan.traces(),
+            trace_count: 0,
         };
         Ok(self.pool.write(&stream, 0, &[pool])?)
     }
@@ -207,7 +218,7 @@ impl Device {
             Argument::Word(0),
             Argument::Word(count),
         ];
-        stream.launch(setup, count, SETUP_THREADS, &mut arguments)?;
+        stream.launch(setup, count, SETUP_THREADS, 0, &mut arguments)?;
         Ok(stream.wait()?)
     }
 
@@ -231,7 +242,7 @@ impl Device {
             Argument::Address(self.first_table.address()),
             Argument::Word(index),
         ];
-        stream.launch(&self.reset, 1, SETUP_THREADS, &mut arguments)?;
+        stream.launch(&self.reset, 1, SETUP_THREADS, 0, &mut arguments)?;
         self.vms.write(&stream, u64::from(index) * size_of::<Vm>() as u64, &[state])?;
         self.known[index as usize].update(&SliceResult::default());
         Ok(())
@@ -239,6 +250,24 @@ impl Device {
 }
 
 impl Device {
+    /// Clears the decoded code, when a launch found no room for more. Not too often: guests that make ever new code
+    /// must not slow down the others.
+    pub fn clear_code(&self) -> Result<(), CallError> {
+        let mut cleared = crate::fleet::lock(&self.code_cleared);
+        if cleared.is_some_and(|at| at.elapsed() < CLEAR_AT_MOST_EVERY) {
+            return Ok(());
+        }
+        let _alone = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.context.make_current()?;
+        let stream = crate::fleet::lock(&self.control);
+        let frames = self._memory[2].bytes() / 4;
+        let mut arguments = [Argument::Address(self.pool.address()), Argument::Word(frames as u32)];
+        stream.launch(&self.forget_code, 256, SETUP_THREADS, 0, &mut arguments)?;
+        stream.wait()?;
+        *cleared = Some(Instant::now());
+        Ok(())
+    }
+
     /// The state of a VM that is in no launch.
     pub fn state(&self, index: u32) -> Result<Vm, CallError> {
         self.context.make_current()?;
@@ -261,8 +290,8 @@ impl Device {
         unsafe {
             self.tables.read(&stream, u64::from(index) * u64::from(self.pages) * 4, &mut table)?;
             for (entry, page) in table.iter().zip(ram.chunks_exact_mut(FRAME_BYTES as usize)) {
-                let frame = u64::from(entry & FRAME_MASK);
-                self._memory[0].read(&stream, frame * u64::from(FRAME_BYTES), page)?;
+                let at = u64::from(entry & FRAME_MASK) * u64::from(FRAME_BYTES);
+                self._memory[0].read(&stream, self.first_frame + at, page)?;
             }
         }
         Ok(ram)
@@ -275,9 +304,10 @@ mod tests {
 
     #[test]
     fn large_fleets_get_fewer_registers() {
-        assert_eq!([1, 132, 1024, 2112].map(|vms| registers(vms, 132)), [96; 4]);
-        assert_eq!([2113, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
+        assert_eq!([1, 132, 1024, 1584].map(|vms| registers(vms, 132)), [128; 4]);
+        assert_eq!([1585, 2640].map(|vms| registers(vms, 132)), [96; 2]);
+        assert_eq!([2641, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
         assert_eq!(registers(1024, 20), 64);
-        assert_eq!(registers(1, 0), 96);
+        assert_eq!(registers(1, 0), 128);
     }
 }

@@ -360,6 +360,7 @@ impl Stream {
         function: &Function,
         blocks: u32,
         threads: u32,
+        shared_bytes: u32,
         arguments: &mut [Argument],
     ) -> Result<(), CallError> {
         let mut pointers: Vec<*mut c_void> = arguments.iter_mut().map(Argument::as_ptr).collect();
@@ -371,7 +372,7 @@ impl Stream {
             threads,
             1,
             1,
-            0,
+            shared_bytes,
             self.handle,
             pointers.as_mut_ptr(),
             std::ptr::null_mut(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::device::Device;
 use super::driver::{Argument, CallError, Pinned, Stream};
 use super::pace::Pace;
-use crate::abi::{GpuSlice, SliceResult};
+use crate::abi::{GpuSlice, SliceResult, WARP_BYTES};
 use crate::backend::{Engine, EngineError, Slice};
 
 /// How long a launch is waited for without sleeping.
@@ -83,7 +83,8 @@ impl CudaEngine {
             Argument::Address(self.results.address()),
         ];
         let blocks = count.div_ceil(self.warps_per_block);
-        self.stream.launch(&device.run, blocks, self.warps_per_block * 32, &mut arguments)
+        let shared = self.warps_per_block * WARP_BYTES;
+        self.stream.launch(&device.run, blocks, self.warps_per_block * 32, shared, &mut arguments)
     }
 
     /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after.
@@ -143,7 +144,7 @@ impl Engine for CudaEngine {
         }
         self.write_list(slices)?;
         let device = Arc::clone(&self.device);
-        let _launching = device.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let launching = device.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let began = Instant::now();
         let ran = self.launch(slices.len() as u32).and_then(|()| self.wait(began));
         let took = began.elapsed();
@@ -158,6 +159,10 @@ impl Engine for CudaEngine {
             results.push(result);
         }
         self.pace.learn(took, &results[first..]);
+        drop(launching);
+        if results[first..].iter().any(|result| result.code_full != 0) {
+            device.clear_code().map_err(|error| self.fault(slices, &error))?;
+        }
         Ok(())
     }
 }

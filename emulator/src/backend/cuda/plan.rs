@@ -1,11 +1,14 @@
 //! What goes where in a device's memory, and how many VMs fit. Pure arithmetic.
 
-use crate::abi::{CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, FRAME_MASK, Pool, Vm};
+use crate::abi::{FRAME_BYTES, FRAME_MASK, Pool, TEXT_BYTES, TRACE_BYTES, Vm};
 
-/// Code pages take this share of the memory at most, in percent.
-const CODE_PERCENT: u64 = 15;
-/// Code pages that a VM has at least: below, the VM spends its time decoding.
-const CODE_PAGES_LEAST: u32 = 8;
+/// Decoded code, which all VMs share, takes this share of the memory at most, in percent.
+const CODE_PERCENT: u64 = 2;
+/// Texts, and traces for each of them: what booting Linux makes is 350 and 25,000.
+const TEXTS: std::ops::RangeInclusive<u64> = 512..=8192;
+const TRACES_PER_TEXT: u64 = 32;
+/// Entries of the hash table for each text.
+const SLOTS_PER_TEXT: u64 = 4;
 /// Left to the driver: stacks of the kernels, other programs' small needs.
 const RESERVE_BYTES: u64 = 512 << 20;
 /// On a small device, at most this share of what is free, in percent.
@@ -14,8 +17,8 @@ const RESERVE_PERCENT: u64 = 10;
 const WRITTEN_LEAST: u64 = 1 << 20;
 /// A frame with its entries in the ring and in the code table.
 const FRAME_COST: u64 = FRAME_BYTES as u64 + 4 + 4;
-/// A code page with its frame's number.
-const CODE_COST: u64 = CODE_PAGE_BYTES as u64 + 4;
+/// A text with its traces and its part of the hash table.
+const CODE_COST: u64 = TEXT_BYTES as u64 + TRACES_PER_TEXT * TRACE_BYTES as u64 + SLOTS_PER_TEXT * 4;
 
 /// What is to go in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +36,8 @@ pub struct Demand {
 pub struct Plan {
     /// Frames that the VMs may have for themselves, all together.
     pub private_frames: u32,
-    /// Code pages of each VM.
-    pub code_pages_per_vm: u32,
+    /// Texts there is room for, a power of two.
+    pub texts: u32,
     /// Bytes of device memory in all.
     pub bytes: u64,
 }
@@ -63,16 +66,36 @@ impl Demand {
         Err(DoesNotFit { fits })
     }
 
+    /// The most VMs of this kind, if each is to be able to write `written` bytes of its RAM.
+    pub fn most(&self, free: u64, written: u64) -> u32 {
+        let frames = written.div_ceil(u64::from(FRAME_BYTES));
+        let enough = |vms: u32| {
+            (Self { vms, ..*self })
+                .try_plan(free, None)
+                .is_some_and(|plan| u64::from(plan.private_frames) >= u64::from(vms) * frames)
+        };
+        let (mut fits, mut too_many) = (0, u32::MAX >> 8);
+        while too_many - fits > 1 {
+            let vms = fits + (too_many - fits) / 2;
+            if enough(vms) { fits = vms } else { too_many = vms }
+        }
+        fits
+    }
+
     fn try_plan(&self, free: u64, most_frames: Option<u32>) -> Option<Plan> {
         let (vms, pages) = (u64::from(self.vms), u64::from(self.pages));
         let usable = free - RESERVE_BYTES.min(free / 100 * RESERVE_PERCENT);
         // Tables: one for each VM, and the first one.
-        let fixed = vms * size_of::<Vm>() as u64 + (vms + 1) * pages * 4 + size_of::<Pool>() as u64;
-        let shared = u64::from(self.shared_frames) * (FRAME_COST + CODE_COST);
+        // And a frame to align them.
+        let fixed = vms * size_of::<Vm>() as u64
+            + (vms + 1) * pages * 4
+            + size_of::<Pool>() as u64
+            + u64::from(FRAME_BYTES);
+        let shared = u64::from(self.shared_frames) * FRAME_COST;
         let rest = usable.checked_sub(fixed + shared)?;
-        let code_pages = (rest / 100 * CODE_PERCENT / CODE_COST / vms.max(1))
-            .clamp(u64::from(CODE_PAGES_LEAST), u64::from(CODE_PAGES_PER_VM));
-        let code = vms * code_pages * CODE_COST;
+        let texts = (usable / 100 * CODE_PERCENT / CODE_COST).clamp(*TEXTS.start(), *TEXTS.end());
+        let texts = 1 << texts.ilog2();
+        let code = texts * CODE_COST;
         let rest = rest.checked_sub(code)?;
         let numbers = u64::from(FRAME_MASK) - u64::from(self.shared_frames);
         let frames =
@@ -82,7 +105,19 @@ impl Demand {
             return None;
         }
         let bytes = fixed + shared + code + frames * FRAME_COST;
-        Some(Plan { private_frames: frames as u32, code_pages_per_vm: code_pages as u32, bytes })
+        Some(Plan { private_frames: frames as u32, texts: texts as u32, bytes })
+    }
+}
+
+impl Plan {
+    /// Traces there is room for.
+    pub fn traces(&self) -> u32 {
+        self.texts * TRACES_PER_TEXT as u32
+    }
+
+    /// Entries of the hash table of texts, a power of two.
+    pub fn slots(&self) -> u32 {
+        self.texts * SLOTS_PER_TEXT as u32
     }
 }
 
@@ -122,7 +157,7 @@ mod tests {
     fn a_small_fleet_gets_all_it_could_ever_use() {
         let plan = demand(64).plan(78 * GIB, None).unwrap();
         assert_eq!(plan.private_frames, 64 * 4096);
-        assert_eq!(plan.code_pages_per_vm, CODE_PAGES_PER_VM);
+        assert_eq!((plan.texts, plan.traces()), (8192, 1 << 18));
         assert!(plan.bytes < 2 * GIB);
     }
 
@@ -133,8 +168,7 @@ mod tests {
             assert!(plan.private_frames < vms * 4096);
             assert!(plan.bytes <= 78 * GIB - RESERVE_BYTES);
             assert!(plan.bytes > 76 * GIB);
-            let code = u64::from(vms) * u64::from(plan.code_pages_per_vm) * CODE_COST;
-            assert!(code <= 12 * GIB && plan.code_pages_per_vm >= 32, "{plan:?}");
+            assert_eq!(plan.texts, 8192);
         }
         assert_eq!(demand(24_576).plan(78 * GIB, Some(500)).unwrap().private_frames, 500);
     }
@@ -146,6 +180,16 @@ mod tests {
         assert!(demand(fits).plan(8 * GIB, None).is_ok());
         assert!(demand(fits + 1).plan(8 * GIB, None).is_err());
         assert_eq!(demand(1).plan(1 << 20, None), Err(DoesNotFit { fits: 0 }));
+    }
+
+    #[test]
+    fn as_many_as_can_write_so_much() {
+        let small = Demand { vms: 0, pages: 2048, shared_frames: 900 };
+        let most = small.most(78 * GIB, 3 << 20);
+        assert!((26_000..26_700).contains(&most), "{most}");
+        let plan = Demand { vms: most, ..small }.plan(78 * GIB, None).unwrap();
+        assert!(plan.private_frames >= most * 768);
+        assert_eq!(small.most(1 << 20, 3 << 20), 0);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::stack::{Crashed, Sent, Stack, Tcp};
 use crate::net::counters::Counters;
 use crate::net::lan::Lan;
 use crate::net::reason::Reason;
+use crate::net::tap::Direction;
 
 /// Between a SYN and its first repetition; doubled up to [`SYN_PAUSE_MAX`]. A VM that has just booted is found soon.
 const SYN_PAUSE_MIN: Duration = Duration::from_millis(250);
@@ -33,6 +34,8 @@ pub struct Env<'a> {
 pub enum Phase {
     /// Other connections to the VM go first.
     Waiting,
+    /// The host's service has not answered yet.
+    Reaching,
     /// SYN sent.
     Connecting,
     /// Bytes flow.
@@ -49,6 +52,9 @@ pub enum Failure {
     TimedOut,
 }
 
+/// A VM's connection to a service: VM, its port, the host side's port.
+pub type ServiceKey = (u32, u16, u16);
+
 pub struct Connection {
     pub vm: u32,
     pub port: u16,
@@ -63,6 +69,8 @@ pub struct Connection {
     pub handshake_over: bool,
     /// The earliest entry among the timers.
     pub scheduled: Option<Instant>,
+    /// Set if it is a VM's, to a service of the host.
+    pub service: Option<ServiceKey>,
     phase: Phase,
     client: Option<TcpStream>,
     tcp: Option<Tcp>,
@@ -98,6 +106,7 @@ impl Connection {
             listed: false,
             handshake_over: false,
             scheduled: None,
+            service: None,
             phase: Phase::Waiting,
             client: Some(client),
             tcp: None,
@@ -117,6 +126,44 @@ impl Connection {
             syn_due: now + SYN_PAUSE_MIN,
             send_at: None,
         }
+    }
+
+    /// A connection that a VM has begun with this packet, to a service that is being connected.
+    pub fn to_service(
+        id: u64,
+        vm: u32,
+        service: TcpStream,
+        key: ServiceKey,
+        syn: &[u8],
+        now: Instant,
+    ) -> Self {
+        Self {
+            service: Some(key),
+            phase: Phase::Reaching,
+            writable: false,
+            syn: Some(syn.into()),
+            ..Self::new(id, vm, service, now)
+        }
+    }
+
+    /// The service's key and the VM's first packet, once the service has answered.
+    pub fn reached(&mut self) -> Option<(ServiceKey, Box<[u8]>)> {
+        let client = self.client.as_ref().filter(|_| self.phase == Phase::Reaching && self.writable)?;
+        client.peer_addr().ok()?;
+        Some((self.service?, self.syn.take()?))
+    }
+
+    /// Goes on with the VM's handshake.
+    pub fn answer(&mut self, tcp: Tcp, now: Instant) {
+        self.tcp = Some(tcp);
+        self.phase = Phase::Connecting;
+        // TCP repeats its answer by itself.
+        self.syn_due = now + Duration::from_secs(3600);
+    }
+
+    /// The VM's first packet, if nothing has answered it.
+    pub fn unanswered(&self) -> Option<&[u8]> {
+        self.syn.as_deref().filter(|_| self.service.is_some())
     }
 
     pub fn phase(&self) -> Phase {
@@ -154,11 +201,11 @@ impl Connection {
 
     /// Does all that can be done now. True when the connection is over, and nothing of it is left but to forget it.
     pub fn serve(&mut self, env: &mut Env<'_>) -> bool {
-        if self.phase == Phase::Waiting {
+        if matches!(self.phase, Phase::Waiting | Phase::Reaching) {
             if env.now >= self.accepted + env.limits.connect {
                 self.fail(Failure::TimedOut, env);
             }
-            return self.phase != Phase::Waiting;
+            return !matches!(self.phase, Phase::Waiting | Phase::Reaching);
         }
         self.check_limits(env);
         if self.phase == Phase::Connecting {
@@ -179,7 +226,7 @@ impl Connection {
     /// When [`Connection::serve`] has something to do without another event.
     pub fn next_due(&self, limits: &Limits) -> Option<Instant> {
         let due = match self.phase {
-            Phase::Waiting => Some(self.accepted + limits.connect),
+            Phase::Waiting | Phase::Reaching => Some(self.accepted + limits.connect),
             Phase::Connecting => Some((self.accepted + limits.connect).min(self.syn_due)),
             Phase::Open => {
                 Some(self.active + self.idle_limit(limits)).into_iter().chain(self.silent_at(limits)).min()
@@ -201,7 +248,7 @@ impl Connection {
             1,
         );
         self.reset_client();
-        if self.phase == Phase::Connecting {
+        if self.phase == Phase::Connecting && self.service.is_none() {
             // Nothing was heard from the VM. Should it still answer, it will be told then.
             self.tcp = None;
         }
@@ -213,7 +260,7 @@ impl Connection {
 
     /// The TCP code failed: only the client can still be told.
     pub fn crash(&mut self, counters: &Counters) {
-        counters.dropped(Reason::Stack);
+        counters.dropped(Some(self.vm), Direction::Out, Reason::Stack);
         Counters::add(&counters.reset, 1);
         self.reset_client();
     }
@@ -229,7 +276,9 @@ impl Connection {
     fn check_limits(&mut self, env: &mut Env<'_>) {
         let passed = |at: Option<Instant>| at.is_some_and(|at| env.now >= at);
         let late = match self.phase {
-            Phase::Waiting | Phase::Connecting => passed(Some(self.accepted + env.limits.connect)),
+            Phase::Waiting | Phase::Reaching | Phase::Connecting => {
+                passed(Some(self.accepted + env.limits.connect))
+            }
             Phase::Open => {
                 passed(Some(self.active + self.idle_limit(env.limits))) || passed(self.silent_at(env.limits))
             }
@@ -364,7 +413,7 @@ impl Connection {
         let Some(tcp) = &mut self.tcp else { return Ok(true) };
         let mut sent = Sent::default();
         self.send_at = None;
-        if self.phase != Phase::Connecting {
+        if self.phase != Phase::Connecting || self.service.is_some() {
             sent = env.stack.send(tcp, self.vm, env.lan, env.now, None)?;
         } else if self.syns < 2 {
             // TCP's first repetition teaches it not to take the boot for a round trip; later ones only slow it down.

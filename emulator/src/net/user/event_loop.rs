@@ -14,12 +14,12 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token};
 
 use super::Config;
-use super::connection::{Connection, Env, Failure, Phase, reset};
+use super::connection::{Connection, Env, Failure, Phase, ServiceKey, reset};
 use super::stack::Stack;
-use crate::net::Links;
 use crate::net::counters::Counters;
 use crate::net::lan::{Lan, TCP_ROOM};
 use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, TCP};
+use crate::net::policy::Services;
 use crate::net::reason::Reason;
 
 /// The waker's token; listeners have their VM's number, connections follow.
@@ -36,31 +36,35 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What connections to one VM share. Exists while there are any.
 #[derive(Default)]
-struct Vm {
+pub(super) struct Vm {
     /// Connections of any phase.
     open: u32,
     /// Connections that have a port of the host side.
     active: u32,
     handshakes: u32,
+    /// Connections to services of the host.
+    pub(super) services: u32,
     waiting: VecDeque<(usize, u64)>,
     starved: VecDeque<(usize, u64)>,
 }
 
 pub struct EventLoop {
-    config: Config,
-    poll: Poll,
+    pub(super) config: Config,
+    pub(super) services: Services,
+    pub(super) poll: Poll,
     stop: Arc<AtomicBool>,
     woken: Arc<AtomicBool>,
-    listeners: Vec<TcpListener>,
-    counters: Arc<Counters>,
-    lan: Lan,
-    stack: Stack,
-    connections: Vec<Option<Connection>>,
-    free: Vec<usize>,
+    pub(super) listeners: Vec<TcpListener>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) lan: Lan,
+    pub(super) stack: Stack,
+    pub(super) connections: Vec<Option<Connection>>,
+    pub(super) free: Vec<usize>,
     open: usize,
-    next_id: u64,
+    pub(super) next_id: u64,
     by_port: HashMap<(u32, u16), usize>,
-    vms: HashMap<u32, Vm>,
+    pub(super) by_service: HashMap<ServiceKey, usize>,
+    pub(super) vms: HashMap<u32, Vm>,
     timers: BinaryHeap<Reverse<(Instant, usize, u64)>>,
     /// Connections to serve in this round.
     touched: Vec<usize>,
@@ -73,14 +77,14 @@ pub struct EventLoop {
     /// Nothing is accepted before then.
     accept_after: Option<Instant>,
     next_down_check: Option<Instant>,
-    now: Instant,
+    pub(super) now: Instant,
 }
 
 impl EventLoop {
     pub fn new(
         config: Config,
-        links: Arc<dyn Links>,
-        counters: Arc<Counters>,
+        lan: Lan,
+        services: Services,
         poll: Poll,
         mut listeners: Vec<TcpListener>,
         stop: Arc<AtomicBool>,
@@ -92,18 +96,20 @@ impl EventLoop {
         let now = Instant::now();
         Ok(Self {
             config,
+            services,
             poll,
             stop,
             woken,
             listeners,
-            lan: Lan::new(links, counters.clone()),
-            counters,
+            counters: lan.watch().counters.clone(),
+            lan,
             stack: Stack::new(config.ports.vms, config.limits.window, now),
             connections: Vec::new(),
             free: Vec::new(),
             open: 0,
             next_id: 0,
             by_port: HashMap::new(),
+            by_service: HashMap::new(),
             vms: HashMap::new(),
             timers: BinaryHeap::new(),
             touched: Vec::new(),
@@ -184,12 +190,13 @@ impl EventLoop {
                 limits: &self.config.limits,
                 now: self.now,
             };
-            connection.fail(Failure::Reset, &mut env);
+            let reaching = connection.phase() == Phase::Reaching;
+            connection.fail(if reaching { Failure::Refused } else { Failure::Reset }, &mut env);
         }
         self.touch(index);
     }
 
-    fn touch(&mut self, index: usize) {
+    pub(super) fn touch(&mut self, index: usize) {
         if let Some(Some(connection)) = self.connections.get_mut(index)
             && !connection.touched
         {
@@ -223,10 +230,9 @@ impl EventLoop {
             }
             let mut taken = 0;
             while let Ok(packet) = self.lan.take(vm, frame, self.now) {
-                if let Some(packet) = packet
-                    && let Err(reason) = self.receive(vm, packet)
-                {
-                    self.counters.dropped(reason);
+                if let Some(packet) = packet {
+                    let refused = self.receive(vm, packet).err();
+                    self.lan.done(vm, &packet, refused);
                 }
                 taken += 1;
                 if taken == TURN {
@@ -246,18 +252,19 @@ impl EventLoop {
         packet.verify_segment(&segment)?;
         let index = match self.by_port.get(&(vm, segment.dst_port)) {
             Some(&index) if segment.src_port == self.config.ports.guest => index,
-            _ => {
-                let _ = self.stack.reject(vm, packet.bytes(), &mut self.lan, self.now);
-                return Err(Reason::NoConnection);
-            }
+            _ => return self.receive_for_service(vm, packet, &segment),
         };
+        self.receive_at(index, packet)
+    }
+
+    pub(super) fn receive_at(&mut self, index: usize, packet: Ipv4<'_>) -> Result<(), Reason> {
         let Some(Some(connection)) = self.connections.get_mut(index) else {
             return Err(Reason::NoConnection);
         };
         let mut env =
             Env { stack: &mut self.stack, lan: &mut self.lan, limits: &self.config.limits, now: self.now };
         if connection.receive(packet.bytes(), &mut env).is_err() {
-            connection.crash(&self.counters);
+            connection.crash(self.lan.counters());
             self.remove(index);
             return Ok(());
         }
@@ -265,7 +272,7 @@ impl EventLoop {
         Ok(())
     }
 
-    fn may_accept(&self) -> bool {
+    pub(super) fn may_accept(&self) -> bool {
         self.open < self.config.limits.connections
     }
 
@@ -308,10 +315,7 @@ impl EventLoop {
             reset(client);
             return;
         }
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.connections.push(None);
-            self.connections.len() - 1
-        });
+        let index = self.slot();
         let token = Token(self.listeners.len() + index);
         let interest = Interest::READABLE | Interest::WRITABLE;
         // Without it, small answers could wait for acknowledgements. It is no loss if the system refuses.
@@ -324,14 +328,26 @@ impl EventLoop {
         self.next_id += 1;
         let id = self.next_id;
         self.connections[index] = Some(Connection::new(id, vm, client, self.now));
+        self.opened(vm);
+        self.vms.entry(vm).or_default().waiting.push_back((index, id));
+        self.touch(index);
+        self.admit(vm);
+    }
+
+    /// A place for a connection.
+    pub(super) fn slot(&mut self) -> usize {
+        self.free.pop().unwrap_or_else(|| {
+            self.connections.push(None);
+            self.connections.len() - 1
+        })
+    }
+
+    /// There is a connection more.
+    pub(super) fn opened(&mut self, vm: u32) {
         self.open += 1;
         Counters::add(&self.counters.open, 1);
         self.next_down_check.get_or_insert(self.now + DOWN_CHECK);
-        let state = self.vms.entry(vm).or_default();
-        state.open += 1;
-        state.waiting.push_back((index, id));
-        self.touch(index);
-        self.admit(vm);
+        self.vms.entry(vm).or_default().open += 1;
     }
 
     /// Lets the connections that wait for their turn at a VM go ahead, as many as may.
@@ -417,6 +433,7 @@ impl EventLoop {
     }
 
     fn serve(&mut self, index: usize) {
+        self.reach(index);
         let Some(Some(connection)) = self.connections.get_mut(index) else { return };
         connection.touched = false;
         let before = connection.phase();
@@ -443,7 +460,8 @@ impl EventLoop {
             connection.scheduled = Some(due);
             self.timers.push(Reverse((due, index, id)));
         }
-        if before == Phase::Connecting && connection.phase() != Phase::Connecting {
+        let handshake_over = before == Phase::Connecting && connection.phase() != Phase::Connecting;
+        if handshake_over && connection.service.is_none() {
             if let Some(state) = self.vms.get_mut(&vm) {
                 state.handshakes -= 1;
             }
@@ -465,6 +483,7 @@ impl EventLoop {
         self.open -= 1;
         self.counters.open.fetch_sub(1, Ordering::Relaxed);
         let vm = connection.vm;
+        self.forget_service(&connection);
         if let Some(state) = self.vms.get_mut(&vm) {
             state.open -= 1;
             if connection.port != 0 {

@@ -15,8 +15,9 @@ use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
 
 use crate::net::address::{HOST_IP, PREFIX_LEN, ip_of};
 use crate::net::lan::Lan;
-use crate::net::packet::{FRAME_MAX, FrameBuf, MTU};
-use crate::net::rewrite::frame_to_vm;
+use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, MTU};
+use crate::net::rewrite::{PacketBuf, frame_to_vm, only_fin};
+use crate::net::tap::Direction;
 
 /// Ports from here up are used for connections to VMs.
 const FIRST_PORT: u16 = 1024;
@@ -27,6 +28,8 @@ const BURST: usize = 64;
 pub struct Tcp {
     set: SocketSet<'static>,
     handle: SocketHandle,
+    /// The last acknowledgement sent.
+    acked: u32,
 }
 
 impl Tcp {
@@ -107,7 +110,19 @@ impl Stack {
         socket.connect(self.interface.context(), to, from).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
-        Some(Tcp { set, handle })
+        Some(Tcp { set, handle, acked: 0 })
+    }
+
+    /// Waits for a connection from a VM to `port` of the host side. Its first packet comes with [`Stack::receive`].
+    pub fn listen(&mut self, port: u16) -> Option<Tcp> {
+        let buffer = || SocketBuffer::new(vec![0; self.window]);
+        let mut socket = Socket::new(buffer(), buffer());
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        socket.listen((IpAddress::Ipv4(HOST_IP), port)).ok()?;
+        let mut set = SocketSet::new(Vec::with_capacity(1));
+        let handle = set.add(socket);
+        Some(Tcp { set, handle, acked: 0 })
     }
 
     /// Hands a packet from VM `vm` to its connection.
@@ -120,7 +135,12 @@ impl Stack {
         now: Instant,
     ) -> Result<(), Crashed> {
         let time = self.time(now);
-        let mut port = Port { rx: Some(packet), ..Port::new(vm, lan, now) };
+        // smoltcp ignores a FIN that comes with data that it has: it would wait for that FIN for ever.
+        let mut trimmed: PacketBuf = [0; MTU];
+        let fin = Ipv4::parse(packet).ok().and_then(|ip| only_fin(&ip, tcp.acked, &mut trimmed));
+        let packet = fin.map_or(packet, |len| &trimmed[..len]);
+        let acked = Some(&mut tcp.acked);
+        let mut port = Port { rx: Some(packet), acked, ..Port::new(vm, lan, now) };
         guard(|| {
             self.interface.poll_ingress_single(time, &mut port, &mut tcp.set);
         })
@@ -145,7 +165,7 @@ impl Stack {
         copy: Option<&mut Option<Box<[u8]>>>,
     ) -> Result<Sent, Crashed> {
         let time = self.time(now);
-        let mut port = Port { copy, ..Port::new(vm, lan, now) };
+        let mut port = Port { copy, acked: Some(&mut tcp.acked), ..Port::new(vm, lan, now) };
         let mut packets = 0;
         guard(|| {
             while packets < BURST {
@@ -193,11 +213,12 @@ struct Port<'a> {
     rx: Option<&'a [u8]>,
     starved: bool,
     copy: Option<&'a mut Option<Box<[u8]>>>,
+    acked: Option<&'a mut u32>,
 }
 
 impl<'a> Port<'a> {
     fn new(vm: u32, lan: &'a mut Lan, now: Instant) -> Self {
-        Self { vm, lan, now, rx: None, starved: false, copy: None }
+        Self { vm, lan, now, rx: None, starved: false, copy: None, acked: None }
     }
 }
 
@@ -213,8 +234,9 @@ impl Device for Port<'_> {
 
     fn receive(&mut self, _: Ticks) -> Option<(Received<'_>, Sending<'_>)> {
         let packet = self.rx.take()?;
-        let Self { vm, lan, now, .. } = self;
-        Some((Received(packet), Sending { vm: *vm, lan, now: *now, copy: None }))
+        let Self { vm, lan, now, acked, .. } = self;
+        let acked = acked.as_deref_mut();
+        Some((Received(packet), Sending { vm: *vm, lan, now: *now, copy: None, acked }))
     }
 
     fn transmit(&mut self, _: Ticks) -> Option<Sending<'_>> {
@@ -222,7 +244,13 @@ impl Device for Port<'_> {
             self.starved = true;
             return None;
         }
-        Some(Sending { vm: self.vm, lan: self.lan, now: self.now, copy: self.copy.as_deref_mut() })
+        Some(Sending {
+            vm: self.vm,
+            lan: self.lan,
+            now: self.now,
+            copy: self.copy.as_deref_mut(),
+            acked: self.acked.as_deref_mut(),
+        })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -243,12 +271,19 @@ struct Sending<'a> {
     lan: &'a mut Lan,
     now: Instant,
     copy: Option<&'a mut Option<Box<[u8]>>>,
+    acked: Option<&'a mut u32>,
 }
 
 impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let mut packet = [0; MTU];
         let result = f(&mut packet[..len]);
+        // Without options, an IPv4 header has 20 bytes; the stack makes no others.
+        if let (Some(acked), Some(field)) =
+            (self.acked, packet[..len].get(28..32).and_then(|f| f.first_chunk()))
+        {
+            *acked = u32::from_be_bytes(*field);
+        }
         let mut frame: FrameBuf = [0; FRAME_MAX];
         match frame_to_vm(&packet[..len], self.vm, &mut frame) {
             Ok(len) => {
@@ -257,7 +292,7 @@ impl TxToken for Sending<'_> {
                     *copy = Some(frame[..len].into());
                 }
             }
-            Err(reason) => self.lan.counters().dropped(reason),
+            Err(reason) => self.lan.counters().dropped(Some(self.vm), Direction::In, reason),
         }
         result
     }

@@ -36,7 +36,7 @@ pub fn files(repo: &Path) -> Result<Files, Error> {
         folders.push(name.clone());
         let _ = writeln!(text, "\nBR2_ROOTFS_POST_BUILD_SCRIPT_ARGS=\"{}\"", folders.join(" "));
         all.insert(external.join(format!("configs/{name}_defconfig")), (text, false));
-        for (path, node) in init::layer(&profile)? {
+        for (path, node) in init::layer(&profile, None)? {
             if let Kind::File(bytes) = &node.kind {
                 let text = String::from_utf8_lossy(bytes).into_owned();
                 all.insert(external.join("board").join(&name).join(&path), (text, node.mode & 0o100 != 0));

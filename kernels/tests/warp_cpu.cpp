@@ -1,0 +1,147 @@
+// Engine W on the CPU: the 32 lanes of a warp are fibers, and each thing that a warp does together is a point
+// where they meet. All tests of the machine can so be run on the GPU's engine, without a GPU.
+#define MACHINE_WARP 1
+#include "engine_w.cuh"
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+extern "C" void *malloc(unsigned long);
+extern "C" void *memset(void *, int, unsigned long);
+extern "C" void abort();
+
+namespace {
+constexpr u32 LANES = 32, STACK = 64 << 10;
+
+struct Meeting {
+    u32 what; // what the lanes do here: they must all do the same
+    u64 values[LANES];
+};
+
+struct Warp {
+    Meeting meetings[2];
+    u32 turn[LANES]; // meetings that each lane has come to
+    u32 lane;
+    u32 finished;
+    WarpCache cache;
+    // one slice
+    WarpPlace place;
+    const SliceRequest *request;
+    SliceResult *result;
+    // fibers
+#if defined(__x86_64__)
+    void *stacks[LANES + 1];
+#else
+    ucontext_t contexts[LANES + 1];
+#endif
+    u8 *memory;
+};
+thread_local Warp *warp;
+
+enum What : u32 { SYNC = 1, BALLOT, SHUFFLE, SHUFFLE_WIDE, EXCHANGE };
+
+#if defined(__x86_64__)
+// Saves what a call has to keep (System V AMD64 ABI 3.2.1) and goes on with another stack.
+extern "C" void machine_switch_stack(void **from, void *to);
+__asm__(".text\n"
+        ".p2align 4\n"
+        ".hidden machine_switch_stack\n"
+        ".globl machine_switch_stack\n"
+        "machine_switch_stack:\n"
+        "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+        "mov %rsp, (%rdi)\n"
+        "mov %rsi, %rsp\n"
+        "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n"
+        "ret\n");
+#endif
+
+void go_to(u32 lane) {
+    u32 from = warp->lane;
+    warp->lane = lane;
+#if defined(__x86_64__)
+    machine_switch_stack(&warp->stacks[from], warp->stacks[lane]);
+#else
+    swapcontext(&warp->contexts[from], &warp->contexts[lane]);
+#endif
+}
+
+// Waits until all lanes have come here; two meetings in turn, since the first to leave may be at the next one
+// before the last has left this one.
+const Meeting &meet(u32 what, u64 value) {
+    Warp *w = warp;
+    u32 lane = w->lane;
+    Meeting &meeting = w->meetings[w->turn[lane]++ & 1];
+    if (lane == 0) meeting.what = what;
+    if (meeting.what != what || w->finished) abort(); // the lanes have gone different ways
+    meeting.values[lane] = value;
+    go_to((lane + 1) % LANES);
+    return meeting;
+}
+
+void lane_main() {
+    warp_slice(warp->place, warp->request, warp->result);
+    warp->finished++;
+    go_to(warp->lane + 1); // after the last lane: back to the caller
+    abort();
+}
+} // namespace
+
+WarpCache &warp_cache() { return warp->cache; }
+u32 warp_lane() { return warp->lane; }
+void warp_sync() { meet(SYNC, 0); }
+u32 warp_ballot(bool vote) {
+    const Meeting &meeting = meet(BALLOT, vote);
+    u32 bits = 0;
+    for (u32 i = 0; i < LANES; i++) bits |= (u32)meeting.values[i] << i;
+    return bits;
+}
+u32 warp_shuffle(u32 value, u32 lane) { return (u32)meet(SHUFFLE, value).values[lane % LANES]; }
+u64 warp_shuffle(u64 value, u32 lane) { return meet(SHUFFLE_WIDE, value).values[lane % LANES]; }
+u32 warp_exchange(u32 value, u32 mask) { return (u32)meet(EXCHANGE, value).values[warp->lane ^ mask]; }
+
+// What a fleet shares: texts and traces. Made for a pool when it is first seen.
+static void code_memory(Pool *pool) {
+    const u32 texts = 2048, slots = 4096, traces = 1 << 16;
+    pool->text_capacity = texts, pool->text_slots = slots, pool->trace_capacity = traces;
+    pool->text_count = pool->trace_count = 0;
+    pool->text_ptr = (u64)(uintptr_t)malloc((u64)texts * sizeof(Text));
+    pool->text_table_ptr = (u64)(uintptr_t)malloc(slots * 4);
+    pool->trace_ptr = (u64)(uintptr_t)malloc(((u64)traces * TRACE_LANES + 1) * sizeof(TraceLane));
+    pool->trace_ptr = (pool->trace_ptr + sizeof(TraceLane) - 1) & ~(u64)(sizeof(TraceLane) - 1);
+    memset((void *)(uintptr_t)pool->text_table_ptr, 0, slots * 4);
+    // The threaded engine's code pages mean nothing here.
+    memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
+}
+
+extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
+                                 SliceResult *result) {
+    if (!warp) {
+        warp = (Warp *)malloc(sizeof(Warp));
+        memset((void *)warp, 0, sizeof(Warp));
+        warp->memory = (u8 *)malloc(LANES * STACK);
+    }
+    if (!pool->text_ptr) code_memory(pool);
+    Warp *w = warp;
+    w->place.vm = vm, w->place.pool = pool, w->place.mail = mail;
+    w->request = request, w->result = result, w->finished = 0;
+    for (u32 lane = 0; lane < LANES; lane++) {
+        w->turn[lane] = 0;
+        u8 *top = w->memory + (u64)(lane + 1) * STACK;
+#if defined(__x86_64__)
+        u64 *stack = (u64 *)top;
+        *--stack = 0; // keeps the stack aligned as after a call
+        *--stack = (u64)(uintptr_t)lane_main;
+        for (u32 i = 0; i < 6; i++) *--stack = 0;
+        w->stacks[lane] = stack;
+#else
+        getcontext(&w->contexts[lane]);
+        w->contexts[lane].uc_stack.ss_sp = top - STACK;
+        w->contexts[lane].uc_stack.ss_size = STACK;
+        w->contexts[lane].uc_link = 0;
+        makecontext(&w->contexts[lane], lane_main, 0);
+#endif
+    }
+    w->lane = LANES;
+    go_to(0);
+}

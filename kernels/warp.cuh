@@ -1,0 +1,151 @@
+// What a warp can do together, for engine W. A GPU does it in hardware; kernels/tests/warp_cpu.cpp does it
+// with 32 fibers, so that the engine is tested where there is no GPU.
+#pragma once
+#include "base.cuh"
+
+#define ALL_LANES 0xFFFFFFFFu
+
+// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; of
+// data also TAG_WRITABLE, if stores may go to the frame directly.
+#define DATA_ENTRIES 128u
+#define FETCH_ENTRIES 64u
+#define TAG_WRITABLE 0x10u
+
+struct alignas(8) DataEntry {
+    u32 tag, frame;
+};
+struct alignas(8) FetchEntry {
+    u32 tag, text;
+};
+struct WarpCache {
+    DataEntry data[DATA_ENTRIES];
+    FetchEntry fetch[FETCH_ENTRIES];
+};
+
+#if MACHINE_GPU
+extern __shared__ WarpCache warp_caches[];
+FN WarpCache &warp_cache() { return warp_caches[threadIdx.x / 32]; }
+FN u32 warp_lane() { return threadIdx.x % 32; }
+FN void warp_sync() { __syncwarp(); }
+FN u32 warp_ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
+FN u32 warp_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
+FN u64 warp_shuffle(u64 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
+FN u32 warp_exchange(u32 value, u32 mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
+FN u32 first_of(u32 bits) { return __ffs((int)bits) - 1; } // ~0u for none
+FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
+FN u32 count_of(u32 bits) { return (u32)__popc((int)bits); }
+FN u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
+FN u32 atomic_add(u32 *word, u32 value) { return atomicAdd(word, value); }
+FN u32 atomic_swap(u32 *word, u32 value) { return atomicExch(word, value); }
+FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) { return atomicCAS(word, expected, value); }
+FN void publish_fence() { __threadfence(); }
+FN void back_off() { __nanosleep(200); }
+// All bits as bit 7, 15, 23 or 31 of `bits`: the sign of byte `BYTE`.
+template <u32 BYTE> FN u32 byte_sign(u32 bits) {
+    u32 mask;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bits), "n"(0x8888 | BYTE * 0x1111));
+    return mask;
+}
+// 1 << by, 0 from 32 on.
+FN u32 bit_or_none(u32 by) {
+    u32 bit;
+    asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(by));
+    return bit;
+}
+// A value that the compiler takes for another one each time: it does not keep what it could find out from it.
+FN void forget_origin(u32 &value) { asm volatile("" : "+r"(value)); }
+// The cache's entries by their address in shared memory, which a register holds.
+typedef u32 CachePlace;
+FN CachePlace cache_place() { return (u32)__cvta_generic_to_shared(&warp_cache()); }
+FN DataEntry cached_data(CachePlace cache, u32 va) {
+    DataEntry entry;
+    u32 at = cache + (va >> 9 & (DATA_ENTRIES - 1) * 8);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(entry.tag), "=r"(entry.frame)
+                 : "r"(at)
+                 : "memory");
+    return entry;
+}
+FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
+    FetchEntry entry;
+    u32 at = cache + (pc >> 9 & (FETCH_ENTRIES - 1) * 8);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];"
+                 : "=r"(entry.tag), "=r"(entry.text)
+                 : "r"(at), "n"(DATA_ENTRIES * 8)
+                 : "memory");
+    return entry;
+}
+FN u32 load_word(u64 address) {
+    u32 word;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
+}
+// Guest RAM for lanes that take part, without a branch.
+FN u32 load_if(bool take, u64 address) {
+    u32 word;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2]; }"
+                 : "=&r"(word)
+                 : "r"((u32)take), "l"(address)
+                 : "memory");
+    return word;
+}
+#else
+WarpCache &warp_cache();
+u32 warp_lane();
+void warp_sync();
+u32 warp_ballot(bool vote);
+u32 warp_shuffle(u32 value, u32 lane);
+u64 warp_shuffle(u64 value, u32 lane);
+u32 warp_exchange(u32 value, u32 mask);
+FN u32 first_of(u32 bits) { return bits ? (u32)__builtin_ctz(bits) : ~0u; }
+FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
+FN u32 count_of(u32 bits) { return (u32)__builtin_popcount(bits); }
+FN u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
+FN u32 atomic_add(u32 *word, u32 value) { return __atomic_fetch_add(word, value, __ATOMIC_SEQ_CST); }
+FN u32 atomic_swap(u32 *word, u32 value) { return __atomic_exchange_n(word, value, __ATOMIC_SEQ_CST); }
+FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) {
+    __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    return expected;
+}
+FN void publish_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+FN void back_off() {}
+template <u32 BYTE> FN u32 byte_sign(u32 bits) { return bits >> (8 * BYTE + 7) & 1 ? ~0u : 0; }
+FN u32 bit_or_none(u32 by) { return by < 32 ? 1u << by : 0; }
+FN void forget_origin(u32 &) {}
+typedef WarpCache *CachePlace;
+FN CachePlace cache_place() { return &warp_cache(); }
+FN DataEntry cached_data(CachePlace cache, u32 va) { return cache->data[va / FRAME_BYTES % DATA_ENTRIES]; }
+FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
+    return cache->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+}
+FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
+FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
+
+#endif
+
+FN u32 warp_max(u32 value) {
+#if MACHINE_GPU && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(ALL_LANES, value);
+#else
+    for (u32 mask = 16; mask; mask /= 2) {
+        u32 other = warp_exchange(value, mask);
+        if (other > value) value = other;
+    }
+    return value;
+#endif
+}
+// On a GPU its result is in a uniform register: branches on it cost no care for lanes that go another way.
+FN u32 warp_or(u32 value) {
+#if MACHINE_GPU && __CUDA_ARCH__ >= 800
+    return __reduce_or_sync(ALL_LANES, value);
+#else
+    for (u32 mask = 16; mask; mask /= 2) value |= warp_exchange(value, mask);
+    return value;
+#endif
+}
+FN u32 warp_sum(u32 value) {
+    for (u32 mask = 16; mask; mask /= 2) value += warp_exchange(value, mask);
+    return value;
+}
+// The lanes before the first of `lanes`: all if there is none.
+FN u32 lanes_before(u32 lanes) { return (lanes - 1) & ~lanes; }
