@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::flags::DoctorArgs;
 use crate::image::direct::host;
 use crate::repo;
+use crate::test::NVRTC;
 
 /// Free disk space that building everything takes.
 const DISK: u64 = 6 << 30;
@@ -29,14 +31,105 @@ struct Check {
     purpose: &'static str,
 }
 
-/// Prints all checks; fails if something is missing that `cargo xtask run` needs.
-pub fn command() -> miette::Result<()> {
+/// Prints all checks; fails if something is missing that `cargo xtask run` needs. What can be installed without
+/// touching the system is, with --fix or a person's yes.
+pub fn command(args: &DoctorArgs) -> miette::Result<()> {
     let root = repo::root()?;
+    show(&root)?;
+    if library_of_nvrtc().is_some() {
+        return Ok(());
+    }
+    let folder = nvrtc_folder();
+    if args.fix || yes(&format!("Install NVRTC (about 100 MB) into {}?", folder.display())) {
+        install_nvrtc(&folder)?;
+        println!("installed: {}", folder.display());
+    }
+    Ok(())
+}
+
+/// Asks a person, where one sits at a terminal.
+fn yes(question: &str) -> bool {
+    use std::io::{BufRead, IsTerminal, Write};
+    if !(std::io::stdin().is_terminal() && std::io::stdout().is_terminal()) {
+        return false;
+    }
+    print!("{question} [y/N] ");
+    let mut answer = String::new();
+    let asked = std::io::stdout().flush().and_then(|()| std::io::stdin().lock().read_line(&mut answer));
+    asked.is_ok() && ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str())
+}
+
+/// Where the emulator looks for NVRTC, beside the system's folders.
+fn nvrtc_folder() -> PathBuf {
+    let cache = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
+        (Some(cache), _) if Path::new(&cache).is_absolute() => PathBuf::from(cache),
+        (_, home) => PathBuf::from(home.unwrap_or_else(|| "/".into())).join(".cache"),
+    };
+    cache.join("linux-on-gpu/nvrtc")
+}
+
+/// Installs the library from the Python package index, all of it or nothing.
+fn install_nvrtc(folder: &Path) -> miette::Result<()> {
+    let failed = |what: String| {
+        miette::miette!(
+            help = "Check the network and pip's settings; the CUDA toolkit has the library too.",
+            "NVRTC was not installed: {what}"
+        )
+    };
+    if !host::has_pip() {
+        return Err(failed(format!("Python has no pip; run: sudo apt-get install {}", host::PIP)));
+    }
+    let parent = folder.parent().unwrap_or(Path::new("/"));
+    let io = |e: std::io::Error| failed(format!("{}: {e}", parent.display()));
+    fs::create_dir_all(parent).map_err(io)?;
+    let fresh = tempfile::Builder::new().prefix(".tmp-nvrtc-").tempdir_in(parent).map_err(io)?;
+    let words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"];
+    let mut words: Vec<std::ffi::OsString> = words.map(Into::into).to_vec();
+    words.extend(["--target".into(), fresh.path().into(), NVRTC.into()]);
+    let output = duct::cmd("python3", words)
+        .stdin_null()
+        .stderr_capture()
+        .unchecked()
+        .run()
+        .map_err(|e| failed(e.to_string()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last = said.lines().rfind(|l| !l.trim().is_empty()).unwrap_or("pip failed");
+        return Err(failed(last.to_owned()));
+    }
+    if nvrtc_in(fresh.path()).is_none() {
+        return Err(failed(format!("{NVRTC} has no library for this machine")));
+    }
+    if folder.exists() {
+        fs::remove_dir_all(folder).map_err(io)?;
+    }
+    fs::rename(fresh.path(), folder).map_err(io)?;
+    drop(fresh.keep());
+    Ok(())
+}
+
+/// The library in a folder of Python packages, or in an environment.
+fn nvrtc_in(folder: &Path) -> Option<PathBuf> {
+    let lib = folder.join("lib");
+    let sites = fs::read_dir(lib).into_iter().flatten().flatten().map(|e| e.path().join("site-packages"));
+    let names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+    let mut all = std::iter::once(folder.to_owned())
+        .chain(sites)
+        .flat_map(|site| ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"].map(|sub| site.join(sub)));
+    all.find_map(|sub| names.iter().map(|name| sub.join(name)).find(|path| path.is_file()))
+}
+
+fn library_of_nvrtc() -> Option<PathBuf> {
+    let system = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].into_iter().find_map(library);
+    system.or_else(|| nvrtc_in(&nvrtc_folder()))
+}
+
+fn show(root: &Path) -> miette::Result<()> {
     let checks = [
         system(),
         cores(),
         memory(),
-        disk(&root),
+        disk(root),
         compiler(),
         packages(),
         tun(),
@@ -166,20 +259,13 @@ fn driver() -> Check {
 }
 
 fn nvrtc() -> Check {
-    let found = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].into_iter().find_map(library);
-    let cache = match (std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")) {
-        (Some(cache), _) if Path::new(&cache).is_absolute() => PathBuf::from(cache),
-        (_, home) => PathBuf::from(home.unwrap_or_else(|| "/".into())).join(".cache"),
-    };
-    let environment = cache.join("linux-on-gpu/nvrtc");
-    let (verdict, found) = match found {
+    let (verdict, found) = match library_of_nvrtc() {
         Some(path) => (Verdict::Good, path.display().to_string()),
-        None if environment.is_dir() => (Verdict::Good, environment.display().to_string()),
-        None => {
-            let path = environment.display();
-            let how = format!("python3 -m venv {path} && {path}/bin/pip install nvidia-cuda-nvrtc");
-            (Verdict::Note, format!("no libnvrtc.so; the CUDA toolkit has it, or: {how}"))
-        }
+        None => (
+            Verdict::Note,
+            "no libnvrtc.so; the CUDA toolkit has it, or: cargo xtask doctor --fix installs it for you alone"
+                .to_owned(),
+        ),
     };
     Check {
         verdict,
@@ -211,6 +297,19 @@ mod tests {
     fn libraries_are_found_where_they_are() {
         assert_eq!(library("libnone-such.so.7"), None);
         assert!(library("libc.so.6").is_some_and(|path| path.exists()));
+    }
+
+    #[test]
+    fn nvrtc_is_found_in_both_layouts_of_python() {
+        for sub in ["nvidia/cu13/lib", "lib/python3.11/site-packages/nvidia/cu13/lib"] {
+            let dir = tempfile::tempdir().unwrap();
+            assert_eq!(nvrtc_in(dir.path()), None);
+            fs::create_dir_all(dir.path().join(sub)).unwrap();
+            assert_eq!(nvrtc_in(dir.path()), None);
+            let file = dir.path().join(sub).join("libnvrtc.so.13");
+            fs::write(&file, "").unwrap();
+            assert_eq!(nvrtc_in(dir.path()), Some(file));
+        }
     }
 
     #[test]

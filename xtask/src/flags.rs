@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::buildroot::menu::Menu;
+use crate::image::buildroot::{self, Sources, Toolchain};
 use crate::image::profile::{BuilderName, Ram};
+use crate::image::try_it::Other;
 
 /// Linux on GPU: builds guest images and runs fleets of them.
 #[derive(Debug, Parser)]
@@ -36,7 +39,7 @@ pub enum Command {
     /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
     Reset(ActArgs),
     /// Check what this machine has, and say what each thing is for.
-    Doctor,
+    Doctor(DoctorArgs),
     /// Run all checks and tests; installs what they need, and says what it skips and why.
     Test(TestArgs),
 }
@@ -59,6 +62,78 @@ pub struct ImageChoice {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+
+    /// How Buildroot is used.
+    #[command(flatten)]
+    pub buildroot: BuildrootChoice,
+}
+
+/// Where Buildroot, its compiler and its sources come from. docs/buildroot.md explains them.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Buildroot")]
+pub struct BuildrootChoice {
+    /// A Buildroot tree, instead of the pinned release [also: $BUILDROOT_DIR].
+    #[arg(long = "buildroot", value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+
+    /// A site or folder that has the release and the sources, asked before all others.
+    #[arg(long, value_name = "URL|DIR")]
+    pub mirror: Option<String>,
+
+    /// Ask no network; what is missing is an error.
+    #[arg(long)]
+    pub offline: bool,
+
+    /// Where the cross compiler comes from: of the distribution's packages (minutes), or built by Buildroot (the
+    /// better part of an hour).
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = ToolchainWord::External)]
+    pub toolchain: ToolchainWord,
+
+    /// Where sources come from: their own sites, the distribution's source packages, or the first of these that can be
+    /// reached.
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = SourcesWord::Auto)]
+    pub sources: SourcesWord,
+}
+
+/// Toolchains on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum ToolchainWord {
+    /// The distribution's compiler.
+    #[default]
+    External,
+    /// Buildroot's own.
+    Internal,
+}
+
+/// Sources on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum SourcesWord {
+    /// The first that can be reached.
+    #[default]
+    Auto,
+    /// The released archives.
+    Release,
+    /// The distribution's source packages.
+    Distribution,
+}
+
+impl From<&BuildrootChoice> for buildroot::Options {
+    fn from(choice: &BuildrootChoice) -> Self {
+        Self {
+            dir: choice.dir.clone(),
+            mirror: choice.mirror.clone(),
+            offline: choice.offline,
+            toolchain: match choice.toolchain {
+                ToolchainWord::External => Toolchain::External,
+                ToolchainWord::Internal => Toolchain::Internal,
+            },
+            sources: match choice.sources {
+                SourcesWord::Auto => Sources::Auto,
+                SourcesWord::Release => Sources::Release,
+                SourcesWord::Distribution => Sources::Distribution,
+            },
+        }
+    }
 }
 
 /// `cargo xtask image`.
@@ -76,6 +151,29 @@ pub struct ImageArgs {
     #[arg(long)]
     pub list: bool,
 
+    /// Boot the image on another emulator, to tell a problem of the guest from one of ours.
+    #[arg(long = "try", value_name = "WHERE", value_enum)]
+    pub try_on: Option<Other>,
+
+    /// Edit a configuration, and write the changes back to its fragment (builder buildroot).
+    #[arg(long, value_name = "WHOSE", value_enum)]
+    pub menuconfig: Option<Menu>,
+
+    /// Write what takes how much room, as a table and a picture (builder buildroot).
+    #[arg(long)]
+    pub graph_size: bool,
+
+    /// Write a bill of materials in CycloneDX' format (builder buildroot).
+    #[arg(long)]
+    pub sbom: bool,
+
+    /// Write licence texts and sources of all that is in the image (builder buildroot).
+    #[arg(long)]
+    pub legal_info: bool,
+
+    /// Write the files for Buildroot by hand (configs/, board/) from profiles, pieces and overlays, and build nothing.
+    #[arg(long)]
+    pub write_defconfigs: bool,
     /// Leave the host's ARP entry or all routes out, in all VMs or in VM N (docs/debugging-the-network.md); the image
     /// lands in out/PROFILE-fault-NAME/.
     #[arg(long, value_name = "arp|route[:N]")]
@@ -87,7 +185,7 @@ pub struct ImageArgs {
 pub enum Builder {
     /// From the distribution's source packages.
     Direct,
-    /// By Buildroot (not in this release).
+    /// By Buildroot.
     Buildroot,
 }
 
@@ -112,6 +210,10 @@ pub struct RunArgs {
     /// Which image.
     #[command(flatten)]
     pub choice: ImageChoice,
+
+    /// Run the image in this folder, built here or elsewhere, and build nothing.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["profile", "ram", "builder"])]
+    pub image: Option<PathBuf>,
 
     /// Number of VMs, which are numbered from 0; max: as many as memory and ports allow [default: the profile's].
     #[arg(long, value_name = "N|max", value_parser = vm_count)]
@@ -260,6 +362,14 @@ pub struct ActArgs {
     /// Which fleet.
     #[command(flatten)]
     pub fleet: FleetChoice,
+}
+
+/// `cargo xtask doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Install what needs no rights: NVRTC, into our cache.
+    #[arg(long)]
+    pub fix: bool,
 }
 
 /// `cargo xtask test`.

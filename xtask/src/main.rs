@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         Command::Pause(args) => run::act("pause", &args),
         Command::Resume(args) => run::act("resume", &args),
         Command::Reset(args) => run::act("reset", &args),
-        Command::Doctor => doctor::command(),
+        Command::Doctor(args) => doctor::command(&args),
         Command::Test(args) => test::command(&args),
     };
     match result {

@@ -14,8 +14,22 @@ use crate::xterm;
 pub fn command(args: &RunArgs) -> miette::Result<()> {
     let root = repo::root()?;
     let fault = args.network.fault.as_deref().map(str::parse::<Fault>).transpose()?;
-    let options = Options { fault: fault.and_then(|fault| fault.init), ..Options::from(&args.choice) };
-    let image = image::ensure(&root, &args.choice.profile, &options)?;
+    let fault_in_image = fault.and_then(|fault| fault.init);
+    let (folder, manifest) = match &args.image {
+        Some(_) if fault_in_image.is_some() => {
+            return Err(miette::miette!(
+                help = "Build such an image with `cargo xtask image --fault`, and run that.",
+                "--fault arp and --fault route are faults of an image, and --image names one that is finished"
+            ));
+        }
+        Some(dir) => image::given(dir)?,
+        None => {
+            // An image that is there is good, whoever built it.
+            let options = Options { keep: true, fault: fault_in_image, ..Options::from(&args.choice) };
+            let image = image::ensure(&root, &args.choice.profile, &options)?;
+            (image.dir, image.manifest)
+        }
+    };
     let show = if args.choice.quiet { Show::Errors } else { Show::Progress };
     // A run that ends by itself serves no page unless it is told to.
     let ends = matches!(args.until.as_deref(), Some("ready" | "http"));
@@ -25,8 +39,8 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
         eprintln!("The page will have no terminal; the rest of it works. {why}");
     }
     let emulator = emulator::build(&root, show)?;
-    let defaults = &image.manifest.defaults;
-    let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), image.dir.into()];
+    let defaults = &manifest.defaults;
+    let mut words: Vec<OsString> = vec!["fleet".into(), "--image".into(), folder.into()];
     let mut give = |flag: &str, value: &dyn std::fmt::Display| {
         words.push(format!("--{flag}").into());
         words.push(value.to_string().into());

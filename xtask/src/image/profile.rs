@@ -26,8 +26,8 @@ pub struct Profile {
     pub name: String,
     /// One line.
     pub description: String,
-    /// Which builder makes kernel and programs.
-    pub builder: BuilderName,
+    /// Which builder makes kernel and programs, where it says so.
+    pub builder: Option<BuilderName>,
     /// Programs of the guest.
     pub packages: Vec<Located<String>>,
     /// Fragments of the kernel's configuration, by name.
@@ -261,7 +261,7 @@ impl Merged {
         Ok(Profile {
             name,
             description: description.value,
-            builder: word("builder", self.builder.as_ref(), BUILDERS)?.unwrap_or(BuilderName::Direct),
+            builder: word("builder", self.builder.as_ref(), BUILDERS)?,
             packages: self.packages,
             kernel_fragments: self.kernel_fragments,
             busybox_fragments: self.busybox_fragments,

@@ -33,6 +33,8 @@ pub struct Step {
     beat: std::cell::Cell<Instant>,
     /// Where there is no terminal to draw on.
     plain: bool,
+    head: String,
+    bar: Option<ProgressBar>,
 }
 
 impl Progress {
@@ -75,9 +77,17 @@ impl Progress {
         File::create(log).map_err(|e| Error::io("make", log, e))?;
         let start = Instant::now();
         let plain = !self.quiet && !self.terminal;
-        let step = Step { title: title.to_owned(), log: log.to_owned(), start, beat: start.into(), plain };
         let about = format!("about {}", clock(expected));
         let bar = (!self.quiet && self.terminal).then(|| live(&head, &about));
+        let step = Step {
+            title: title.to_owned(),
+            log: log.to_owned(),
+            start,
+            beat: start.into(),
+            plain,
+            head: head.clone(),
+            bar: bar.clone(),
+        };
         if plain {
             eprintln!("{head}: {about}");
         }
@@ -105,7 +115,7 @@ fn live(head: &str, about: &str) -> ProgressBar {
 }
 
 /// A duration as a person says it.
-fn clock(time: Duration) -> String {
+pub fn clock(time: Duration) -> String {
     match time.as_secs() {
         s if s < 90 => format!("{s} s"),
         s => format!("{} min", s.div_ceil(60)),
@@ -118,14 +128,27 @@ impl Step {
         let log = self.open_log(what)?;
         let copy = log.try_clone().map_err(|e| Error::io("use", &self.log, e))?;
         let child = child.stdin_null().stdout_file(log).stderr_file(copy).unchecked();
-        self.wait(what, &child).map(drop)
+        self.wait(what, &child, &|| None).map(drop)
+    }
+
+    /// As [`Step::run`]; `tell` is asked now and then for what is going on.
+    pub fn watch(
+        &self,
+        what: &str,
+        child: duct::Expression,
+        tell: &dyn Fn() -> Option<String>,
+    ) -> Result<(), Error> {
+        let log = self.open_log(what)?;
+        let copy = log.try_clone().map_err(|e| Error::io("use", &self.log, e))?;
+        let child = child.stdin_null().stdout_file(log).stderr_file(copy).unchecked();
+        self.wait(what, &child, tell).map(drop)
     }
 
     /// Runs a child to its end and gives its standard output.
     pub fn read(&self, what: &str, child: duct::Expression) -> Result<String, Error> {
         let log = self.open_log(what)?;
         let child = child.stdin_null().stderr_file(log).stdout_capture().unchecked();
-        let output = self.wait(what, &child)?;
+        let output = self.wait(what, &child, &|| None)?;
         String::from_utf8(output)
             .map_err(|_| Error::plain(format!("{what}: its output is not UTF-8"), self.help()))
     }
@@ -137,12 +160,17 @@ impl Step {
         Ok(log)
     }
 
-    fn wait(&self, what: &str, child: &duct::Expression) -> Result<Vec<u8>, Error> {
+    fn wait(
+        &self,
+        what: &str,
+        child: &duct::Expression,
+        tell: &dyn Fn() -> Option<String>,
+    ) -> Result<Vec<u8>, Error> {
         let handle = child.start().map_err(|e| self.not_started(what, &e))?;
         let output = loop {
             match handle.wait_timeout(Duration::from_millis(500)) {
                 Ok(Some(output)) => break output,
-                Ok(None) => self.heartbeat(),
+                Ok(None) => self.heartbeat(tell),
                 Err(e) => return Err(self.not_started(what, &e)),
             }
         };
@@ -152,10 +180,16 @@ impl Step {
         }
     }
 
-    fn heartbeat(&self) {
+    fn heartbeat(&self, tell: &dyn Fn() -> Option<String>) {
+        if let Some(bar) = &self.bar
+            && let Some(told) = tell()
+        {
+            bar.set_message(format!("{}: {told}", self.head));
+        }
         if self.plain && self.beat.get().elapsed() >= HEARTBEAT {
             self.beat.set(Instant::now());
-            eprintln!("  {} after {}", self.title, clock(self.start.elapsed()));
+            let told = tell().map_or_else(|| self.title.clone(), |told| format!("{}: {told}", self.title));
+            eprintln!("  {told}, after {}", clock(self.start.elapsed()));
         }
     }
 
@@ -184,6 +218,11 @@ impl Step {
             self.help()
         };
         Error::plain(text, help)
+    }
+
+    /// Its log.
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     fn help(&self) -> String {

@@ -49,7 +49,7 @@ impl Repo {
     }
 
     fn assemble(&self) -> Result<Assembled, Error> {
-        self.plan()?.assemble(&parts())
+        self.plan()?.assemble(&parts(), BuilderName::Direct)
     }
 }
 
@@ -213,10 +213,10 @@ fn the_hash_sees_every_input() {
     let ram = Options { ram: Some(Ram(16 << 20)), ..Options::default() };
     let plan = repo.plan_with(&ram).unwrap();
     assert_eq!(plan.out, "test-16MiB");
-    seen.push(plan.assemble(&parts()).unwrap().manifest.hash);
+    seen.push(plan.assemble(&parts(), BuilderName::Direct).unwrap().manifest.hash);
     let mut other = parts();
     other.image[100] ^= 1;
-    seen.push(repo.plan().unwrap().assemble(&other).unwrap().manifest.hash);
+    seen.push(repo.plan().unwrap().assemble(&other, BuilderName::Direct).unwrap().manifest.hash);
     let count = seen.len();
     seen.sort();
     seen.dedup();
@@ -376,10 +376,29 @@ fn init_lines_are_checked() {
 }
 
 #[test]
-fn buildroot_is_refused_honestly() {
+fn the_builder_is_the_command_line_s_else_the_profile_s_else_that_of_what_is_there() {
     let repo = Repo::new();
+    let cache = tempfile::tempdir().unwrap();
+    let cache = Cache::at(cache.path());
+    let offline = buildroot::Options { offline: true, ..buildroot::Options::default() };
+    let builder = |options: Options| {
+        let options = Options { quiet: true, buildroot: offline.clone(), ..options };
+        repo.plan_with(&options).unwrap().builder(repo.root(), &cache, &options).unwrap()
+    };
     repo.profile("builder: buildroot\n");
-    says(&repo.refusal(), &["`buildroot` is not in this release", "--builder direct"]);
+    assert_eq!(builder(Options::default()), BuilderName::Buildroot);
+    let direct = Options { builder: Some(BuilderName::Direct), ..Options::default() };
+    assert_eq!(builder(direct), BuilderName::Direct);
+
+    repo.profile("");
+    let mut made = repo.plan().unwrap().assemble(&parts(), BuilderName::Buildroot).unwrap();
+    made.out = "test".to_owned();
+    made.store(repo.root(), &cache).unwrap();
+    let keep = Options { keep: true, ..Options::default() };
+    assert_eq!(builder(keep), BuilderName::Buildroot);
+    if std::env::var_os(buildroot::release::VARIABLE).is_none() {
+        assert_eq!(builder(Options::default()), BuilderName::Direct);
+    }
 }
 
 // Overlays that are refused.
@@ -566,7 +585,24 @@ fn a_kernel_that_is_none_is_refused() {
         [(b"\x1f\x8b\x08\x00junk".to_vec(), "gzip"), (parts().image[..2000].to_vec(), "truncated")]
     {
         let parts = Parts { image, ..parts() };
-        let said = shown(repo.plan().unwrap().assemble(&parts).err().unwrap());
+        let said = shown(repo.plan().unwrap().assemble(&parts, BuilderName::Direct).err().unwrap());
         says(&said, &["kernel/Image: the kernel cannot be used", word]);
     }
+}
+
+// Images from elsewhere.
+
+#[test]
+fn an_image_from_elsewhere_is_checked() {
+    let repo = Repo::new();
+    repo.profile("");
+    let cache = tempfile::tempdir().unwrap();
+    let made = repo.assemble().unwrap().store(repo.root(), &Cache::at(cache.path())).unwrap();
+    let (dir, manifest) = given(&made.out).unwrap();
+    assert_eq!((dir, manifest.hash), (made.out.canonicalize().unwrap(), made.manifest.hash));
+    std::fs::write(made.out.join("vm.dtb"), "other").unwrap();
+    says(&shown(given(&made.out).unwrap_err()), &["vm.dtb is not the file", "cargo xtask image"]);
+    std::fs::remove_file(made.out.join("initrd.cpio")).unwrap();
+    says(&shown(given(&made.out).unwrap_err()), &["initrd.cpio"]);
+    says(&shown(given(repo.root()).unwrap_err()), &["holds no image", "manifest.json"]);
 }

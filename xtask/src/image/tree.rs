@@ -101,6 +101,40 @@ pub fn read_folder(
     Ok(tree)
 }
 
+/// Writes a tree of files, folders and links to a folder, which is made.
+pub fn write_folder(tree: &Tree, folder: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(folder).map_err(|e| Error::io("make the folder", folder, e))?;
+    for (path, node) in tree {
+        let to = folder.join(path);
+        match &node.kind {
+            Kind::Folder { .. } => {
+                std::fs::create_dir_all(&to).map_err(|e| Error::io("make the folder", &to, e))?;
+            }
+            Kind::File(bytes) => {
+                std::fs::write(&to, bytes).map_err(|e| Error::write(&to, bytes.len() as u64, e))?;
+                set_mode(&to, node.mode).map_err(|e| Error::io("set the mode of", &to, e))?;
+            }
+            Kind::Link(target) => link(target, &to).map_err(|e| Error::io("make the link", &to, e))?,
+            Kind::Device { .. } => {
+                return Err(Error::plain(format!("/{path}: a device here"), "Declare it in an overlay."));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sets a file's permission bits.
+#[cfg(unix)]
+pub fn set_mode(path: &Path, mode: u32) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+}
+
+#[cfg(unix)]
+fn link(target: &str, path: &Path) -> std::io::Result<()> {
+    std::os::unix::fs::symlink(target, path)
+}
+
 fn read_into(
     folder: &Path,
     prefix: &str,

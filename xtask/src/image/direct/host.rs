@@ -86,17 +86,23 @@ pub fn missing<'a>(more: impl IntoIterator<Item = (&'a str, &'a str)>) -> BTreeS
     all.filter(|(need, _)| !is_there(need)).map(|(_, package)| package.to_owned()).collect()
 }
 
+/// What every build by this builder needs, and more.
+pub fn needs(more: &[(String, String)]) -> Vec<(String, String)> {
+    let own = NEEDS.iter().map(|(need, package)| ((*need).to_owned(), (*package).to_owned()));
+    own.chain(more.iter().cloned()).collect()
+}
+
 /// Makes sure that everything is there: installs it as root, else says what to install. `pip` tells whether pip is
 /// wanted.
 pub fn ensure(
     progress: &mut Progress,
     log: &Path,
-    more: &[(String, String)],
+    needs: &[(String, String)],
     pip: bool,
 ) -> Result<(), Error> {
-    let more = || more.iter().map(|(need, package)| (need.as_str(), package.as_str()));
     let look = || {
-        let mut packages = missing(more());
+        let lacking = needs.iter().filter(|(need, _)| !is_there(need));
+        let mut packages: BTreeSet<String> = lacking.map(|(_, package)| package.clone()).collect();
         if pip && !has_pip() {
             packages.insert(PIP.to_owned());
         }
@@ -107,6 +113,12 @@ pub fn ensure(
         return Ok(());
     }
     let names: Vec<String> = packages.into_iter().collect();
+    if find("apt-get").is_none() {
+        return Err(Error::plain(
+            format!("programs of these packages (by Debian's names) are missing: {}", names.join(", ")),
+            "Install them with this system's package manager.",
+        ));
+    }
     let line = format!("apt-get install --no-install-recommends {}", names.join(" "));
     if !rustix::process::geteuid().is_root() {
         return Err(Error::plain(

@@ -61,11 +61,12 @@ pub fn settings(fragments: &[Fragment]) -> Result<Vec<Setting>, Error> {
     Ok(all)
 }
 
-/// A line's symbol and value; `None` for a comment.
-fn parse(line: &str) -> Result<Option<(&str, Option<&str>)>, ()> {
+/// A line's symbol and value; `None` for a comment. Buildroot's own symbols begin with BR2_.
+pub fn parse(line: &str) -> Result<Option<(&str, Option<&str>)>, ()> {
     let line = line.trim();
     let named = |symbol: &str| {
-        symbol.strip_prefix("CONFIG_").is_some_and(|name| {
+        let name = symbol.strip_prefix("CONFIG_").or_else(|| symbol.strip_prefix("BR2_"));
+        name.is_some_and(|name| {
             !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
         })
     };

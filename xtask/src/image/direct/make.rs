@@ -76,6 +76,23 @@ pub fn build(
     Ok(plan.built(&kernel, roots))
 }
 
+/// The cross toolchain of a plan, made if it is not there. Its sources must be there.
+pub fn toolchain(
+    plan: &Plan,
+    store: &Store,
+    archive: &Archive,
+    progress: &mut Progress,
+    logs: &Path,
+) -> Result<PathBuf, Error> {
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let maker = Maker { plan, store, archive, logs, jobs };
+    if let Some(files) = store.find("toolchain", &plan.toolchain)? {
+        return Ok(files);
+    }
+    let tree = maker.unpack_linux(progress)?;
+    maker.toolchain(progress, Some(tree.path()))
+}
+
 impl Maker<'_> {
     /// A piece that is there, or is made.
     fn piece(
@@ -315,7 +332,7 @@ fn no_tree() -> Error {
 }
 
 /// The file of a folder whose name ends so.
-fn only_file(folder: &Path, end: &str) -> Result<PathBuf, Error> {
+pub fn only_file(folder: &Path, end: &str) -> Result<PathBuf, Error> {
     let entries = fs::read_dir(folder).map_err(|e| Error::io("read the folder", folder, e))?;
     entries.flatten().map(|e| e.path()).find(|p| p.to_string_lossy().ends_with(end)).ok_or_else(|| {
         Error::plain(
@@ -326,9 +343,17 @@ fn only_file(folder: &Path, end: &str) -> Result<PathBuf, Error> {
 }
 
 /// Unpacks a source package, the distribution's patches applied.
-fn unpack_source(files: &Path, to: &Path) -> Result<Expression, Error> {
+pub fn unpack_source(files: &Path, to: &Path) -> Result<Expression, Error> {
     let dsc = only_file(files, ".dsc")?;
     Ok(duct::cmd!("dpkg-source", "--no-check", "--extract", dsc, to).env("LC_ALL", "C").env("TZ", "UTC"))
+}
+
+/// Unpacks a source package as its authors released it.
+pub fn unpack_upstream(files: &Path, to: &Path) -> Result<Expression, Error> {
+    let dsc = only_file(files, ".dsc")?;
+    let words = ["--no-check", "--skip-patches", "--extract"].map(OsString::from);
+    let words = words.into_iter().chain([dsc.into(), to.into()]);
+    Ok(duct::cmd("dpkg-source", words).env("LC_ALL", "C").env("TZ", "UTC"))
 }
 
 /// Unpacks musl from a wheel. pip came with a Python, so that is there.

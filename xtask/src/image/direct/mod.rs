@@ -4,16 +4,17 @@
 //! and programs come from its source packages. Each piece is cached by what it was made of (store.rs). How a program is
 //! built is told by a script in buildroot-external/package; this module only decides what is to be built, and when.
 
-mod apt;
+pub mod apt;
 pub mod host;
-mod kconfig;
+pub mod kconfig;
 #[cfg(test)]
 mod lg_init;
-mod make;
-mod package;
+pub mod make;
+pub mod package;
 mod plan;
+pub mod share;
 mod sources;
-mod store;
+pub mod store;
 mod version;
 
 use std::path::{Path, PathBuf};
@@ -80,7 +81,7 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     let host: Vec<(String, String)> =
         packages.iter().flat_map(|p| p.info.host.iter().map(|(a, b)| (a.clone(), b.clone()))).collect();
     let pip = wants.iter().any(|w| archive.may_need_pip(w));
-    host::ensure(&mut progress, &logs.join("install.log"), &host, pip)?;
+    host::ensure(&mut progress, &logs.join("install.log"), &host::needs(&host), pip)?;
 
     // Recipes depend on what is taken, so that is settled first.
     let unknown: Vec<&Want> = wants.iter().filter(|w| archive.taken(w).is_none()).collect();
@@ -124,7 +125,7 @@ fn wants(packages: &[package::Package]) -> Vec<Want> {
 }
 
 /// The kernel's build and configure scripts cannot bear some characters in paths.
-fn check_folder(folder: &Path) -> Result<(), Error> {
+pub fn check_folder(folder: &Path) -> Result<(), Error> {
     let fine = |c: char| c.is_ascii_alphanumeric() || "/._-+@%=".contains(c);
     match folder.to_str().is_some_and(|f| f.chars().all(fine)) {
         true => Ok(()),
@@ -139,17 +140,22 @@ fn check_folder(folder: &Path) -> Result<(), Error> {
 const SPACE: u64 = 3 << 30;
 
 fn check_space(folder: &Path) -> Result<(), Error> {
-    let status =
-        rustix::fs::statvfs(folder).map_err(|e| Error::io("look at the disk of", folder, e.into()))?;
+    check_space_of(folder, SPACE)
+}
+
+/// Checks that the disk of a folder, or of the nearest one above that exists, has room.
+pub fn check_space_of(folder: &Path, need: u64) -> Result<(), Error> {
+    let there = folder.ancestors().find(|f| f.exists()).unwrap_or(folder);
+    let status = rustix::fs::statvfs(there).map_err(|e| Error::io("look at the disk of", there, e.into()))?;
     let free = status.f_bavail.saturating_mul(status.f_frsize);
-    match free >= SPACE {
+    match free >= need {
         true => Ok(()),
         false => Err(Error::plain(
             format!(
                 "the disk of {} has {} MB free, and building takes up to {} MB",
                 folder.display(),
                 free >> 20,
-                SPACE >> 20
+                need >> 20
             ),
             "Free some space there, or set XDG_CACHE_HOME to a folder on another disk.",
         )),

@@ -41,6 +41,9 @@ pub struct Info {
     /// Whether its files belong into the image. A library's do not.
     #[serde(default = "yes")]
     pub image: bool,
+    /// Whether Buildroot's way of building bears the distribution's patches.
+    #[serde(default = "yes")]
+    pub patched: bool,
     /// How long it takes on two cores.
     pub seconds: u64,
 }

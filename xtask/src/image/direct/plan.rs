@@ -189,9 +189,9 @@ impl Missing {
     }
 }
 
-/// Files that say nothing to a build: changing them makes nothing anew.
+/// Files that say nothing to this builder: changing them makes nothing anew.
 fn is_text(path: &str) -> bool {
-    path.ends_with(".md") || path.ends_with("package.yaml")
+    [".md", ".mk", "package.yaml", "Config.in", "buildroot.config"].iter().any(|end| path.ends_with(end))
 }
 
 /// The compilers that everything depends on, as recipe and inputs; `None` where one is not installed.

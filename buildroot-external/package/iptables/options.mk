@@ -1,0 +1,2 @@
+# Neither has the kernel.
+IPTABLES_CONF_OPTS += --disable-ipv6
