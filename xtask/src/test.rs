@@ -135,6 +135,9 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let mut tests = machine(&root);
     tests.env("MACHINE_ENGINE", "step");
     workspace(&mut tally, "the machine's tests on the engine of single steps", tests);
+    let mut tests = machine(&root);
+    tests.env("MACHINE_ENGINE", "warp");
+    workspace(&mut tally, "the machine's tests on the GPU's engine, its warps made of fibers", tests);
     if args.sanitize {
         let mut tests = machine(&root);
         tests.env("MACHINE_SANITIZE", "undefined");
