@@ -172,8 +172,20 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
     }
     let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
     let cache = Cache::open()?;
-    let builder = plan.builder(root, &cache, options)?;
-    let parts = plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot)?;
+    let (mut builder, or_direct) = plan.builder(root, &cache, options)?;
+    let build = |builder| plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot);
+    let parts = match build(builder) {
+        // Nobody asked for Buildroot: it was only there to be had.
+        Err(error) if or_direct => {
+            eprintln!("{:?}", miette::Report::new(error));
+            eprintln!(
+                "Buildroot did not make the image; the direct builder does. `--builder buildroot` insists."
+            );
+            builder = BuilderName::Direct;
+            build(builder)?
+        }
+        parts => parts?,
+    };
     let image = plan.assemble(&parts, builder)?;
     image.store(root, &cache)
 }
@@ -262,23 +274,23 @@ impl Plan {
     }
 
     /// Who builds: what the command line says, else the profile, else who built what is there (if that is to be kept),
-    /// else whoever can, which is said.
-    fn builder(&self, root: &Path, cache: &Cache, options: &Options) -> Result<BuilderName, Error> {
+    /// else whoever can, which is said. True: it is Buildroot only because its release can be downloaded.
+    fn builder(&self, root: &Path, cache: &Cache, options: &Options) -> Result<(BuilderName, bool), Error> {
         if let Some(builder) = options.builder.or(self.profile.builder) {
-            return Ok(builder);
+            return Ok((builder, false));
         }
         let there = root.join("out").join(&self.out).join("manifest.json");
         if let (true, Ok(bytes)) = (options.keep, std::fs::read(&there))
             && let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes)
         {
-            return Ok(manifest.builder);
+            return Ok((manifest.builder, false));
         }
         let request = self.wanted.request(root, cache, options.quiet, &options.buildroot);
         let choice = buildroot::choice::choose(&request)?;
         if !options.quiet {
             eprintln!("{}", choice.line);
         }
-        Ok(choice.builder)
+        Ok((choice.builder, choice.downloads))
     }
 
     /// Lays the overlays and the generated files over the builder's parts.

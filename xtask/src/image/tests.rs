@@ -383,7 +383,10 @@ fn the_builder_is_the_command_line_s_else_the_profile_s_else_that_of_what_is_the
     let offline = buildroot::Options { offline: true, ..buildroot::Options::default() };
     let builder = |options: Options| {
         let options = Options { quiet: true, buildroot: offline.clone(), ..options };
-        repo.plan_with(&options).unwrap().builder(repo.root(), &cache, &options).unwrap()
+        let (builder, or_direct) =
+            repo.plan_with(&options).unwrap().builder(repo.root(), &cache, &options).unwrap();
+        assert!(!or_direct, "nothing can be downloaded");
+        builder
     };
     repo.profile("builder: buildroot\n");
     assert_eq!(builder(Options::default()), BuilderName::Buildroot);

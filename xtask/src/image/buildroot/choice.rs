@@ -19,6 +19,8 @@ pub struct Choice {
     pub builder: BuilderName,
     /// The line.
     pub line: String,
+    /// Its release is still to be downloaded.
+    pub downloads: bool,
 }
 
 /// Buildroot where it is at hand, else the direct builder.
@@ -30,12 +32,13 @@ pub fn choose(request: &Request) -> Result<Choice, Error> {
         line: format!(
             "builder: buildroot, for {what}; `--builder direct` takes the distribution's packages instead"
         ),
+        downloads: false,
     };
     Ok(match release::look(request, &folder, &pin)? {
         Origin::Given(tree, how) => buildroot(format!("{how} names Buildroot {}", tree.version)),
         Origin::Cached(tree) => buildroot(format!("Buildroot {} is in the cache", tree.version)),
         Origin::Download if answers(request, &pin, &folder.join("no-answer")) => {
-            buildroot(format!("Buildroot {} can be downloaded", pin.version))
+            Choice { downloads: true, ..buildroot(format!("Buildroot {} can be downloaded", pin.version)) }
         }
         Origin::Download => Choice {
             builder: BuilderName::Direct,
@@ -44,6 +47,7 @@ pub fn choose(request: &Request) -> Result<Choice, Error> {
                  `--builder buildroot --buildroot DIR` uses one",
                 release::VARIABLE
             ),
+            downloads: false,
         },
     })
 }
