@@ -107,7 +107,11 @@ impl Shuttle {
         let mut with_room = Vec::new();
         let mut more = false;
         loop {
-            let timeout = if more || !self.dirty.is_empty() {
+            // Both are looked at before waiting too: a wire may have taken the call that came with them for nothing.
+            if self.stop.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let timeout = if more || !self.dirty.is_empty() || self.woken.load(Ordering::Acquire) {
                 Some(Duration::ZERO)
             } else {
                 self.lan.next_retry().map(|due| due.saturating_duration_since(Instant::now()))
