@@ -182,8 +182,7 @@ fn hostile_rings() {
     let mut w = Watched::new();
     let mut random = Random::seeded(11);
     let cases = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
-    // A slice on fibers takes thirty times as long.
-    let cases = if By::environment() == By::Warp { cases / 20 } else { cases };
+    let cases = cases / effort();
     let (mut broken, mut moved) = (0u64, 0);
     for case in 0..cases {
         attack(&mut w, &mut random);
@@ -233,11 +232,16 @@ proptest! {
     }
 }
 
+/// On fibers all takes thirty times as long: so many times fewer cases.
+fn effort() -> u64 {
+    if By::environment() == By::Warp { 15 } else { 1 }
+}
+
 /// Random words run as code, in S mode and U mode, with interrupts and translation on whatever tables they are.
 #[test]
 fn random_code() {
     let mut random = Random::seeded(12);
-    for round in 0..400 {
+    for round in 0..400 / effort() {
         let mut w = Watched::new();
         let b = &mut w.b;
         for page in 1..PAGES {
@@ -296,7 +300,7 @@ fn random_code() {
 /// are forgotten early, accessed bits that the guest clears without a fence are set again, as on any hart.
 #[test]
 fn random_code_in_slices() {
-    for round in 0..60 {
+    for round in 0..60 / effort() {
         let run = |budget: u64| {
             let mut random = Random::seeded(20_000 + round);
             let mut b = Bench::new(RAM, &[]);
