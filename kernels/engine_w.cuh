@@ -226,10 +226,10 @@ FN bool lane_leaves(u32 op, u32 a, u32 b) {
     return ((op & 7) == T_BRANCH) & (meets != (bool)(op & BRANCH_INVERT << 3));
 }
 
-// Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
 // Classes whose target is in the immediate.
 #define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
 
+// Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
 enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
 
 // The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up:
