@@ -124,6 +124,10 @@ pub struct FleetArgs {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+
+    /// Print where the program's own time went.
+    #[arg(long, hide = true)]
+    pub profile_host: bool,
 }
 
 /// What the network allows, shows and breaks.

@@ -161,7 +161,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             "--until http asks the VMs through the bridge: it needs --net user or --net tun"
         ));
     }
+    let mut phases = Phases::new(started);
+    phases.end("arguments");
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
+    phases.end("image");
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
@@ -176,13 +179,16 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // Whether the VMs fit is known here, before thousands of ports are taken.
     let Opened { machines, choice, notes, .. } =
         machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
+    phases.end("machines");
     let mut bridge = bind(args, ports)?;
+    phases.end("ports");
     let pcap = match (&args.network.pcap, &bridge) {
         (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
         (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
         (None, _) => None,
     };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
+    phases.end("fleet, logs");
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -197,7 +203,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     }
     let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
     let server = web::serve(page, &claim, &progress, net, facts)?;
+    phases.end("bridge, page");
     fleet.start().into_diagnostic()?;
+    phases.end("engines");
+    if args.profile_host {
+        say(format_args!("{}", phases.text));
+    }
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
         for note in notes {
@@ -223,6 +234,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     if let Some(asking) = asking {
         // A panic was printed; the outcome is missing then, which has been dealt with.
         let _ = asking.join();
+    }
+    if args.profile_host {
+        say(format_args!("At the end: {}", work(&fleet)));
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
     if let Some(pcap) = pcap {
@@ -253,6 +267,41 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// How long each part of the start took.
+struct Phases {
+    last: Instant,
+    text: String,
+}
+
+impl Phases {
+    fn new(started: Instant) -> Self {
+        Self { last: started, text: "Start:".into() }
+    }
+
+    fn end(&mut self, what: &str) {
+        let now = Instant::now();
+        // Writing to a string can't fail.
+        let _ = write!(self.text, " {what} {:.3} s;", (now - self.last).as_secs_f64());
+        self.last = now;
+    }
+}
+
+/// Where the workers' time went.
+fn work(fleet: &Fleet) -> String {
+    let work = fleet.work();
+    format!(
+        "{:.3} s; {} calls of engines, {} slices; all workers together waited {:.3} s, prepared {:.3} s, were in engines \
+         {:.3} s, settled {:.3} s",
+        fleet.started().elapsed().as_secs_f64(),
+        work.calls,
+        work.slices,
+        work.waiting.as_secs_f64(),
+        work.preparing.as_secs_f64(),
+        work.engine.as_secs_f64(),
+        work.settling.as_secs_f64(),
+    )
 }
 
 /// Takes what the network needs of the host.
@@ -306,7 +355,9 @@ fn wait_for_end(
     let mut seen = 0;
     let end = loop {
         seen = fleet.wait(seen, TICK);
-        progress.note_boot();
+        if progress.note_boot() && args.profile_host {
+            say(format_args!("\nAt READY: {}", work(fleet)));
+        }
         if live.due() {
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
         }

@@ -166,7 +166,7 @@ pub fn allow_files(vms: u32, wanted: usize) -> Result<usize, PortsError> {
 
     let limit = getrlimit(Resource::Nofile);
     let (soft, hard) = (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX));
-    let used = std::fs::read_dir("/proc/self/fd").map_or(32, |files| files.count() as u64);
+    let used = open_files();
     let plan = plan_files(vms, wanted, used, soft, hard)?;
     if plan.soft > soft {
         let raised = Rlimit { current: Some(plan.soft), maximum: limit.maximum };
@@ -175,6 +175,24 @@ pub fn allow_files(vms: u32, wanted: usize) -> Result<usize, PortsError> {
         }
     }
     Ok(plan.connections)
+}
+
+/// Files that may still be opened.
+#[cfg(unix)]
+pub fn spare_files() -> u64 {
+    let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    soft.saturating_sub(open_files() + FILES_FOR_OTHERS)
+}
+
+#[cfg(unix)]
+fn open_files() -> u64 {
+    std::fs::read_dir("/proc/self/fd").map_or(32, |files| files.count() as u64)
+}
+
+/// Sockets are not files here.
+#[cfg(not(unix))]
+pub fn spare_files() -> u64 {
+    u64::MAX
 }
 
 /// Sockets are not files here; only the asked number counts.
