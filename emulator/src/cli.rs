@@ -10,6 +10,7 @@ pub mod lockstep;
 mod machines;
 pub mod pcap;
 #[cfg_attr(not(unix), allow(dead_code, reason = "there is no control socket to ask"))]
+mod profile;
 mod progress;
 mod web;
 
@@ -217,6 +218,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "K", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
     pub gpu_warps: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long, help_heading = "GPU tuning")]
+    pub no_code_cache: bool,
 }
 
 /// `emulator bench`.
@@ -298,6 +303,10 @@ pub struct LockstepArgs {
     /// Registers of each GPU thread [default: by the fleet's size].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]
     pub gpu_registers: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long)]
+    pub no_code_cache: bool,
 
     /// Where both states go if they differ.
     #[arg(long, value_name = "DIR", default_value = "lockstep-mismatch")]

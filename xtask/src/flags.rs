@@ -304,6 +304,10 @@ pub struct TuningArgs {
     /// Warps in each block [default: by the fleet's size].
     #[arg(long, value_name = "K")]
     pub gpu_warps: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long)]
+    pub no_code_cache: bool,
 }
 
 /// What the network allows, shows and breaks. The emulator checks the values.

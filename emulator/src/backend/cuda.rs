@@ -7,9 +7,11 @@ mod device;
 mod driver;
 mod engine;
 mod error;
+mod kept;
 mod pace;
 mod plan;
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -92,6 +94,8 @@ pub struct Config {
     pub registers: Option<u32>,
     /// Warps in each block. `None`: by the fleet's size.
     pub warps_per_block: Option<u32>,
+    /// Use decoded code of earlier starts, and keep it for later ones.
+    pub keep_code: bool,
     /// Environments in which NVRTC may be installed, besides the usual places.
     pub compilers: Vec<PathBuf>,
 }
@@ -153,11 +157,14 @@ impl CudaMachines {
         let (driver, contexts, free) = open_devices(&config.gpus)?;
         let compiler = Compiler::find(&config.compilers)?;
         let cache = cubin::cache_folder();
+        let folder = config.keep_code.then(kept::folder).flatten();
+        let kept = folder.map(|folder| (folder, kept::image_hash(&config.boot)));
+        let kept = kept.as_ref().map(|(folder, image)| (folder.as_path(), image.as_str()));
         let devices = contexts
             .into_iter()
             .zip(plan::split(config.vms, &free))
             .map(|(context, range)| {
-                Device::new(context, range, &config, &shared, &compiler, cache.as_deref()).map(Arc::new)
+                Device::new(context, range, &config, &shared, &compiler, cache.as_deref(), kept).map(Arc::new)
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self { devices, config, driver, shared_frames: shared.count, pages: shared.table.len() as u32 })
@@ -191,8 +198,19 @@ impl CudaMachines {
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
                 plan.texts,
             );
+            let loaded = &device.loaded;
+            let _ = match loaded.counts {
+                _ if !self.config.keep_code => write!(line, ", none of it kept from before"),
+                Some((texts, traces)) => write!(
+                    line,
+                    ", of which {texts} with {traces} traces were read from the cache in {:.3} s",
+                    loaded.took.as_secs_f64()
+                ),
+                None => write!(line, ", all of it to be made"),
+            };
             lines.push(line);
             lines.extend(code.cache_trouble.clone());
+            lines.extend(loaded.trouble.clone());
         }
         lines
     }
@@ -204,6 +222,11 @@ impl CudaMachines {
         };
         let least = self.devices.iter().map(each).min()?;
         (least < u64::from(self.pages)).then_some(least * u64::from(FRAME_BYTES))
+    }
+
+    /// Whether the first device began with decoded code of an earlier start.
+    pub fn has_kept_code(&self) -> bool {
+        self.devices.first().is_some_and(|device| device.loaded.counts.is_some())
     }
 
     /// Registers of each thread of the first device's kernel.
@@ -300,6 +323,13 @@ impl Machines for CudaMachines {
         sum
     }
 
+    fn keep(&self) -> Vec<String> {
+        // Devices of one kind share a file, and their VMs run the same programs: one of them will do.
+        let mut files = BTreeSet::new();
+        let firsts = self.devices.iter().filter(|device| files.insert(device.kept_file()));
+        firsts.filter_map(|device| device.keep_code()).collect()
+    }
+
     fn reset(&self, vm: u32) -> Result<(), EngineError> {
         let (device, index) = self.device(vm);
         device.reset(&self.config, index).map_err(|error| EngineError(error.to_string()))
@@ -334,6 +364,7 @@ mod tests {
             target: TARGET,
             registers: None,
             warps_per_block: None,
+            keep_code: false,
             compilers: vec![],
         };
         // With a driver: there is no such device.

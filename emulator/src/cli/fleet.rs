@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
@@ -34,6 +35,7 @@ use super::MAX_VMS;
 use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;
+use super::profile::{self, Phases};
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
@@ -228,7 +230,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         _ => None,
     };
 
-    let end = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
+    let (end, keeper) = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
@@ -236,13 +238,18 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         let _ = asking.join();
     }
     if args.profile_host {
-        say(format_args!("At the end: {}", work(&fleet)));
+        say(format_args!("At the end: {}", profile::work(&fleet)));
     }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
     if let Some(pcap) = pcap {
         pcap.finish();
     }
     fleet.stop();
+    if let Some(keeper) = keeper {
+        // As above.
+        let _ = keeper.join();
+    }
+    profile::keep(&fleet);
     *report = progress.report();
     drop(server);
     match end {
@@ -267,41 +274,6 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         say(format_args!("{}", summary(report)));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// How long each part of the start took.
-struct Phases {
-    last: Instant,
-    text: String,
-}
-
-impl Phases {
-    fn new(started: Instant) -> Self {
-        Self { last: started, text: "Start:".into() }
-    }
-
-    fn end(&mut self, what: &str) {
-        let now = Instant::now();
-        // Writing to a string can't fail.
-        let _ = write!(self.text, " {what} {:.3} s;", (now - self.last).as_secs_f64());
-        self.last = now;
-    }
-}
-
-/// Where the workers' time went.
-fn work(fleet: &Fleet) -> String {
-    let work = fleet.work();
-    format!(
-        "{:.3} s; {} calls of engines, {} slices; all workers together waited {:.3} s, prepared {:.3} s, were in engines \
-         {:.3} s, settled {:.3} s",
-        fleet.started().elapsed().as_secs_f64(),
-        work.calls,
-        work.slices,
-        work.waiting.as_secs_f64(),
-        work.preparing.as_secs_f64(),
-        work.engine.as_secs_f64(),
-        work.settling.as_secs_f64(),
-    )
 }
 
 /// Takes what the network needs of the host.
@@ -348,15 +320,18 @@ fn wait_for_end(
     claim: &Claim,
     bridge: Option<&dyn Bridge>,
     signal: &AtomicI32,
-) -> End {
+) -> (End, Option<JoinHandle<()>>) {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
     let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
-    let mut seen = 0;
+    let (mut seen, mut keeper) = (0, None);
     let end = loop {
         seen = fleet.wait(seen, TICK);
-        if progress.note_boot() && args.profile_host {
-            say(format_args!("\nAt READY: {}", work(fleet)));
+        if progress.note_boot() {
+            if args.profile_host {
+                say(format_args!("\nAt READY: {}", profile::work(fleet)));
+            }
+            keeper = profile::keep_in_background(fleet);
         }
         if live.due() {
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
@@ -383,7 +358,7 @@ fn wait_for_end(
         live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
     }
     live.finish();
-    end
+    (end, keeper)
 }
 
 /// Whether what was waited for has come, or can't come any more.

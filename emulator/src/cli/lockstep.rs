@@ -125,6 +125,7 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
         target: Duration::from_millis(8),
         registers: args.gpu_registers,
         warps_per_block: None,
+        keep_code: !args.no_code_cache,
         compilers: compiler_environments(),
     })
     .into_diagnostic()?;
@@ -144,6 +145,9 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
             compared += 1;
         }
         println!("{} VMs are the same after {until} steps", args.vms);
+    }
+    for line in other.keep() {
+        tracing::warn!("{line}");
     }
     let ready = cpu.console.iter().filter(|text| text.windows(5).any(|word| word == b"READY")).count();
     println!(

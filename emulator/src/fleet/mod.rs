@@ -379,6 +379,14 @@ impl Fleet {
         self.shared.machines.memory()
     }
 
+    /// Keeps what makes the next start faster; returns what people should know.
+    pub fn keep(&self) -> Vec<String> {
+        if self.fault().is_some() {
+            return Vec::new();
+        }
+        self.shared.machines.keep()
+    }
+
     /// Steps of all engines so far.
     pub fn steps(&self) -> u64 {
         self.shared.steps.load(Relaxed)
