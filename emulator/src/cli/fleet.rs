@@ -18,6 +18,7 @@ use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
 use emulator::net::bridge::Bridge;
 use emulator::net::ports;
+use emulator::net::reach::Reach;
 use emulator::net::rewrite::Ports;
 #[cfg(target_os = "linux")]
 use emulator::net::tun::TunBridge;
@@ -198,12 +199,12 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
-        port_base: bridge.is_some().then_some(args.port_base),
+        reach: bridge.as_ref().map(|bridge| bridge.reach()),
     });
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
-    let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
+    let net = bridge.as_ref().map(|bridge| Network { reach: bridge.reach(), watch: bridge.watch().clone() });
     let server = web::serve(page, &claim, &progress, net, facts)?;
     phases.end("bridge, page");
     fleet.start().into_diagnostic()?;
@@ -216,7 +217,9 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         for note in notes {
             say(format_args!("{note}"));
         }
-        print_urls(args);
+        if let Some(reach) = &progress.reach {
+            print_urls(args, reach);
+        }
         if let Some(url) = &server.url {
             say(format_args!("All VMs on one page: {url}"));
         }
@@ -225,7 +228,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.reach(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
@@ -477,22 +480,27 @@ fn say(line: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-fn print_urls(args: &FleetArgs) {
-    if args.net == NetMode::Off {
-        return;
-    }
+fn print_urls(args: &FleetArgs, reach: &Reach) {
+    let (listening, vms) = (reach.listening(), reach.vms());
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
     #[cfg(target_os = "linux")]
     if args.net == NetMode::Tun {
         say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
     }
-    if args.vms <= URLS {
-        for vm in 0..args.vms {
+    if listening <= URLS {
+        for vm in 0..listening {
             say(format_args!("VM {vm}: {}", url(vm)));
         }
     } else {
-        let last = args.vms - 1;
+        let last = listening - 1;
         say(format_args!("VM 0: {}  VM 1: {} ... VM {last}: {}", url(0), url(1), url(last)));
+    }
+    if listening < vms {
+        say(format_args!(
+            "VMs {listening} to {} have no port of their own, the limit of open files (`ulimit -Hn`) is too low: the page \
+             reaches them at /vm/N/",
+            vms - 1
+        ));
     }
 }
 

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use emulator::fleet::{Fleet, Stage};
 use emulator::net::counters::Counters;
-use emulator::net::ports as net_ports;
+use emulator::net::ports;
 use emulator::net::probe::{Outcome, Probe, Target};
-use emulator::net::rewrite::Ports;
+use emulator::net::reach::Reach;
 use emulator::net::tap::Direction;
 use emulator::report::{Boot, Http, Report};
 use serde::Serialize;
@@ -36,8 +36,8 @@ pub struct Progress {
     pub http: Option<Arc<Answers>>,
     /// Set once all VMs have been ready.
     pub boot: Mutex<Option<Boot>>,
-    /// VM 0's port, if there is a bridge.
-    pub port_base: Option<u16>,
+    /// How the VMs are reached, if there is a bridge.
+    pub reach: Option<Reach>,
 }
 
 /// Answers over HTTP.
@@ -75,12 +75,12 @@ impl Answers {
     pub fn ask(
         self: &Arc<Self>,
         fleet: &Arc<Fleet>,
-        ports: Ports,
+        reach: Reach,
         deadline: Instant,
     ) -> io::Result<JoinHandle<()>> {
         // Each takes two files: the bridge's and ours.
-        let at_once = (net_ports::spare_files() / 3).clamp(16, AT_ONCE) as usize;
-        let probe = Probe { ports, at_once, patience: PATIENCE, deadline: Some(deadline) };
+        let at_once = (ports::spare_files() / 3).clamp(16, AT_ONCE) as usize;
+        let probe = Probe { reach, at_once, patience: PATIENCE, deadline: Some(deadline) };
         let (answers, fleet) = (self.clone(), fleet.clone());
         std::thread::Builder::new().name("http".into()).spawn(move || {
             let target = |vm| match fleet.stage(vm) {
@@ -141,7 +141,7 @@ impl Progress {
                 vm: n,
                 state: status.state(),
                 reason: status.life.is_down().then(|| status.reason()),
-                port: self.port_base.and_then(|base| u16::try_from(u32::from(base) + n).ok()),
+                port: self.reach.as_ref().and_then(|reach| reach.port_of(n)),
                 instructions: status.counters.instructions,
                 private_bytes: status.private_bytes,
                 packets_in: status.counters.rx_frames,

@@ -3,14 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
-use super::rewrite::Ports;
+use super::reach::{Reach, Stream};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: linux-on-gpu-probe\r\n\r\n";
 /// Of an answer, so much is read; more is not asked for.
@@ -38,10 +37,10 @@ pub enum Target {
 }
 
 /// Whom to ask, and how long.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct Probe {
-    /// The fleet's ports.
-    pub ports: Ports,
+    /// How the VMs are reached.
+    pub reach: Reach,
     /// VMs asked at once.
     pub at_once: usize,
     /// For one question and its answer.
@@ -102,7 +101,7 @@ pub struct Outcome {
 /// One VM's question under way.
 struct Question {
     vm: u32,
-    stream: TcpStream,
+    stream: Stream,
     sent: usize,
     answer: Vec<u8>,
     until: Instant,
@@ -129,8 +128,8 @@ impl Probe {
         let mut events = Events::with_capacity(self.at_once.max(1));
         let start = Instant::now();
         let mut pending: VecDeque<Pending> =
-            (0..self.ports.vms).map(|vm| Pending { vm, after: start, pause: PAUSE_MIN }).collect();
-        let mut why = vec![Some(Failure::NotReady); self.ports.vms as usize];
+            (0..self.reach.vms()).map(|vm| Pending { vm, after: start, pause: PAUSE_MIN }).collect();
+        let mut why = vec![Some(Failure::NotReady); self.reach.vms() as usize];
         let mut asked: Vec<Option<(Question, Duration)>> = (0..self.at_once.max(1)).map(|_| None).collect();
         let mut free: Vec<usize> = (0..asked.len()).rev().collect();
         let (mut look_after, mut check_after) = (start, start);
@@ -246,8 +245,7 @@ impl Probe {
     }
 
     fn ask(&self, vm: u32, now: Instant, poll: &Poll, slot: usize) -> io::Result<Question> {
-        let port = self.ports.port_of(vm).ok_or(ErrorKind::AddrNotAvailable)?;
-        let mut stream = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
+        let mut stream = self.reach.connect(vm)?;
         poll.registry().register(&mut stream, Token(slot), Interest::READABLE | Interest::WRITABLE)?;
         Ok(Question { vm, stream, sent: 0, answer: Vec::new(), until: now + self.patience })
     }
