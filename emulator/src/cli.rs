@@ -199,15 +199,15 @@ pub struct MachineArgs {
     #[arg(long, value_name = "auto|w", default_value = "auto", help_heading = "GPU tuning")]
     pub engine: EngineChoice,
 
-    /// Launch queues of each GPU: while one runs, the host serves the VMs of another.
-    #[arg(long, value_name = "K", default_value_t = 2, help_heading = "GPU tuning",
+    /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].
+    #[arg(long, value_name = "K", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub gpu_queues: u32,
+    pub gpu_queues: Option<u32>,
 
-    /// How long a launch is to take.
-    #[arg(long, value_name = "MS", default_value_t = 8, help_heading = "GPU tuning",
+    /// How long a launch is to take [default: by the fleet's size].
+    #[arg(long, value_name = "MS", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=500))]
-    pub gpu_slice: u32,
+    pub gpu_slice: Option<u32>,
 
     /// Registers of each GPU thread [default: by the fleet's size].
     #[arg(long, value_name = "K", help_heading = "GPU tuning",

@@ -37,8 +37,18 @@ pub use error::Error;
 
 /// The oldest architecture that the kernels are made for: Turing.
 const OLDEST: (u32, u32) = (7, 5);
-/// How long a launch is to take: the host is seldom needed more often, and a display driver allows 2 s.
-pub const TARGET: Duration = Duration::from_millis(8);
+/// Launch queues, how long a launch is to take, and the VMs per multiprocessor up to which that is the best. The host is
+/// seldom needed more often, and a display driver allows 2 s. With many VMs the host needs longer to look after a queue's
+/// VMs than the GPU for those of another.
+const LAUNCHES: [(u32, u32, Duration); 2] =
+    [(32, 2, Duration::from_millis(8)), (u32::MAX, 4, Duration::from_millis(20))];
+
+/// Launch queues for so many VMs, and how long a launch is to take.
+fn launches(vms: u32, multiprocessors: u32) -> (u32, Duration) {
+    let each = vms.div_ceil(multiprocessors.max(1));
+    let fit = LAUNCHES.iter().find(|(most, ..)| each <= *most).unwrap_or(&LAUNCHES[0]);
+    (fit.1, fit.2)
+}
 
 /// Which devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,10 +96,10 @@ pub struct Config {
     pub seed: Option<u64>,
     /// How many VMs share a warp.
     pub engine: EngineChoice,
-    /// Launch queues of each device.
-    pub engines: u32,
-    /// How long a launch is to take.
-    pub target: Duration,
+    /// Launch queues of each device. `None`: by the fleet's size.
+    pub engines: Option<u32>,
+    /// How long a launch is to take. `None`: by the fleet's size.
+    pub target: Option<Duration>,
     /// Registers of each thread. `None`: by the fleet's size.
     pub registers: Option<u32>,
     /// Warps in each block. `None`: by the fleet's size.
@@ -191,11 +201,13 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; engine {}, {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
+                "; engine {}, {} registers, {} bytes of stack; {} for RAM; {} of the host's memory for mailboxes; room for {} \
+                 pages of decoded code",
                 device.kind.name(),
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
+                size(device.mail.count() as u64 * size_of::<Mailbox>() as u64),
                 plan.texts,
             );
             let loaded = &device.loaded;
@@ -287,10 +299,12 @@ impl Machines for CudaMachines {
         let mut engines: Vec<Box<dyn Engine>> = Vec::new();
         for (part, device) in self.devices.iter().enumerate() {
             let vms = device.range.len() as u32;
-            let count = self.config.engines.clamp(1, vms.max(1));
+            let (count, target) = launches(vms, device.context.properties().multiprocessors);
+            let count = self.config.engines.unwrap_or(count).clamp(1, vms.max(1));
+            let target = self.config.target.unwrap_or(target);
             for _ in 0..count {
                 let batch = vms.div_ceil(count);
-                let engine = CudaEngine::new(Arc::clone(device), part, batch, self.config.target)
+                let engine = CudaEngine::new(Arc::clone(device), part, batch, target)
                     .map_err(|error| EngineError(format!("no engine on the GPU: {error}")))?;
                 engines.push(Box::new(engine));
             }
@@ -351,6 +365,13 @@ mod tests {
     }
 
     #[test]
+    fn large_fleets_have_more_queues() {
+        let ms = Duration::from_millis;
+        assert_eq!([1, 1024, 4224].map(|vms| launches(vms, 132)), [(2, ms(8)); 3]);
+        assert_eq!([4225, 24_576].map(|vms| launches(vms, 132)), [(4, ms(20)); 2]);
+    }
+
+    #[test]
     fn without_a_driver_the_error_says_what_is_missing() {
         let config = Config {
             boot: Arc::new(BootMemory { ram_bytes: 4096, entry: 0, dtb_address: 0, pieces: vec![] }),
@@ -360,8 +381,8 @@ mod tests {
             epoch_ns: 0,
             seed: Some(1),
             engine: EngineChoice::Auto,
-            engines: 2,
-            target: TARGET,
+            engines: None,
+            target: None,
             registers: None,
             warps_per_block: None,
             keep_code: false,

@@ -179,11 +179,16 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // A page that can't be served is known before the machines are opened, too.
     let page = web::bind(args)?;
     let epoch = Instant::now();
-    // Whether the VMs fit is known here, before thousands of ports are taken.
-    let Opened { machines, choice, notes, .. } =
-        machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    phases.end("machines");
-    let mut bridge = bind(args, ports)?;
+    // Thousands of ports take as long as a GPU. If both fail, the machines are what matters.
+    let (opened, bridge) = std::thread::scope(|scope| {
+        let bridge = scope.spawn(|| bind(args, ports));
+        let boot = machines::boot(image);
+        let opened = machines::open(&args.machine, args.vms, boot, |text| tracing::warn!("{text}"));
+        phases.end("machines");
+        (opened, bridge.join())
+    });
+    let Opened { machines, choice, notes, .. } = opened?;
+    let mut bridge = bridge.map_err(|_| miette!("the thread that takes the ports has crashed"))??;
     phases.end("ports");
     let pcap = match (&args.network.pcap, &bridge) {
         (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),

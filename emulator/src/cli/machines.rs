@@ -138,7 +138,7 @@ fn open_cuda(
         seed: args.seed,
         engine: args.engine,
         engines: args.gpu_queues,
-        target: Duration::from_millis(args.gpu_slice.into()),
+        target: args.gpu_slice.map(|ms| Duration::from_millis(ms.into())),
         registers: args.gpu_registers,
         keep_code: !args.no_code_cache,
         warps_per_block: args.gpu_warps,

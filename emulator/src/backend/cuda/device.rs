@@ -25,7 +25,8 @@ const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 const SETUP_THREADS: u32 = 128;
 /// Decoded code is not cleared more often.
 const CLEAR_AT_MOST_EVERY: Duration = Duration::from_secs(5);
-/// Decoded code is written once more at the end if there are so many times as many traces, in percent.
+/// Decoded code is written once more if there are so many times as many texts, in percent. Traces alone tell little: wherever
+/// an interrupt or a slice ends one, another begins, and most of these are never needed again.
 const KEEP_AGAIN_AT: u64 = 110;
 /// Entries written at once to large tables.
 const CHUNK: u32 = 1 << 20;
@@ -71,8 +72,8 @@ pub(super) struct Device {
     pub loaded: Loaded,
     /// Where decoded code is kept, if it is.
     kept: Option<PathBuf>,
-    /// Traces in that file; held while it is written.
-    kept_traces: Mutex<u64>,
+    /// Texts in that file; held while it is written.
+    kept_texts: Mutex<u64>,
     reset: Function,
     forget_code: Function,
     code_cleared: Mutex<Option<Instant>>,
@@ -194,7 +195,7 @@ impl Device {
             registers,
             resources,
             code,
-            kept_traces: Mutex::new(loaded.counts.map_or(0, |(_, traces)| traces.into())),
+            kept_texts: Mutex::new(loaded.counts.map_or(0, |(texts, _)| texts.into())),
             loaded,
             kept,
             pages,
@@ -224,7 +225,7 @@ impl Device {
             Some(decoded) => {
                 text_table.write(&stream, 0, &decoded.table())?;
                 texts.write(&stream, 0, &decoded.words)?;
-                traces.write(&stream, 0, &decoded.traces)?;
+                traces.write(&stream, 0, decoded.traces())?;
                 (text_count, trace_count) = (decoded.texts(), decoded.trace_count());
             }
             None => text_table.zero(&stream, 0, text_table.bytes())?,
@@ -331,22 +332,22 @@ impl Device {
         let trouble = |why: &dyn std::fmt::Display| {
             Some(format!("{}: decoded code can't be kept for the next start: {why}", file.display()))
         };
-        let mut kept_traces = crate::fleet::lock(&self.kept_traces);
-        let decoded = match self.decoded(*kept_traces) {
+        let mut kept_texts = crate::fleet::lock(&self.kept_texts);
+        let decoded = match self.decoded(*kept_texts) {
             Ok(Some(decoded)) => decoded,
             Ok(None) => return None,
             Err(error) => return trouble(&error),
         };
         match kept::write(file, &decoded) {
             // Too much of it is no failure, and won't become less.
-            Ok(_) => *kept_traces = decoded.trace_count().into(),
+            Ok(_) => *kept_texts = decoded.texts().into(),
             Err(error) => return trouble(&error),
         }
         None
     }
 
     /// The decoded code, if there is much more than in its file.
-    fn decoded(&self, kept_traces: u64) -> Result<Option<Decoded>, CallError> {
+    fn decoded(&self, kept_texts: u64) -> Result<Option<Decoded>, CallError> {
         let [_, _, _, texts, text_table, traces] = &self._memory;
         // Launches add to it, which does no harm; but nobody may clear it meanwhile.
         let _shared = self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -358,8 +359,8 @@ impl Device {
             self.pool.read(&stream, 0, &mut pool)?;
             pool[0]
         };
-        let made = u64::from(pool.trace_count.min(self.plan.traces));
-        if made * 100 <= kept_traces * KEEP_AGAIN_AT {
+        let made = u64::from(pool.text_count.min(self.plan.texts));
+        if made * 100 <= kept_texts * KEEP_AGAIN_AT {
             return Ok(None);
         }
         let mut table = vec![0u32; self.plan.slots() as usize];
