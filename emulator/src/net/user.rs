@@ -1,7 +1,8 @@
 //! The `user` transport: no privileges, only host sockets on loopback.
 //!
-//! One listener a VM on 127.0.0.1, or as many as the limit of open files allows; each accepted connection becomes a TCP connection from the LAN's host side to the
-//! VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps when nothing happens.
+//! One listener a VM on 127.0.0.1, or as many as the limit of open files allows; each accepted connection becomes a TCP
+//! connection from the LAN's host side to the VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps
+//! when nothing happens.
 
 mod connection;
 mod event_loop;
