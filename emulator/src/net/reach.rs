@@ -55,9 +55,13 @@ impl Stream {
 
     /// Closes it with a reset instead of an orderly end, where there is such a thing.
     pub fn reset(self) {
-        if let Stream::Tcp(stream) = &self {
-            // Should this fail, the client still sees the connection end.
-            let _ = rustix::net::sockopt::set_socket_linger(stream, Some(std::time::Duration::ZERO));
+        match &self {
+            Stream::Tcp(stream) => {
+                // Should this fail, the client still sees the connection end.
+                let _ = rustix::net::sockopt::set_socket_linger(stream, Some(std::time::Duration::ZERO));
+            }
+            #[cfg(unix)]
+            Stream::Pair(_) => {}
         }
     }
 }

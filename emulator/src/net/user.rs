@@ -25,8 +25,7 @@ use super::lan::{Lan, Watch};
 use super::policy::Policy;
 use super::ports;
 #[cfg(unix)]
-use super::reach::Door;
-use super::reach::Reach;
+use super::reach::{Door, Reach};
 use super::rewrite::Ports;
 use event_loop::{Entrances, EventLoop, WAKER};
 
