@@ -25,8 +25,7 @@ const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 const SETUP_THREADS: u32 = 128;
 /// Decoded code is not cleared more often.
 const CLEAR_AT_MOST_EVERY: Duration = Duration::from_secs(5);
-/// Decoded code is written once more if there are so many times as many texts, in percent. Traces alone tell little: wherever
-/// an interrupt or a slice ends one, another begins, and most of these are never needed again.
+/// Decoded code is written once more if there are so many times as many texts, in percent.
 const KEEP_AGAIN_AT: u64 = 110;
 /// Entries written at once to large tables.
 const CHUNK: u32 = 1 << 20;
@@ -97,7 +96,9 @@ fn no_memory(what: &'static str, bytes: u64, cause: CallError) -> Error {
 
 /// What a file with decoded code has to agree on.
 fn format(plan: &Plan, kind: EngineKind) -> Format {
-    Format { trace_bytes: kind.trace_bytes(), slots: plan.slots(), texts: plan.texts, traces: plan.traces }
+    let trace_bytes = kind.trace_bytes();
+    let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
+    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces }
 }
 
 /// The register budget for so many warps.

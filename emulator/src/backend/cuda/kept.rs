@@ -20,6 +20,9 @@ const MAGIC: [u8; 8] = *b"LoGcode1";
 const SUM_BYTES: usize = 8;
 /// Magic, then sizes of a text and a trace, entries of the table, texts and traces, a word each.
 const HEAD_BYTES: usize = 8 + 5 * 4;
+/// Of a device's traces so many bytes are kept, the first ones: those of a boot. Wherever an interrupt or a slice ends a
+/// trace another begins, so that there is no end to later ones; most of them are never needed again.
+pub(super) const TRACE_BYTES_MOST: u32 = 16 << 20;
 /// Larger files are not written.
 const MOST_BYTES: u64 = 64 << 20;
 /// Files that are left in the folder, the latest used ones.
@@ -41,7 +44,7 @@ pub(super) struct Format {
     pub slots: u32,
     /// Texts there is room for.
     pub texts: u32,
-    /// Traces there is room for.
+    /// Traces that there is room for, or that are kept at most.
     pub traces: u32,
 }
 
