@@ -98,7 +98,8 @@ fn no_memory(what: &'static str, bytes: u64, cause: CallError) -> Error {
 fn format(plan: &Plan, kind: EngineKind) -> Format {
     let trace_bytes = kind.trace_bytes();
     let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
-    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces }
+    let lane_text = kept::LANE_TEXT;
+    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, lane_text }
 }
 
 /// The register budget for so many warps.

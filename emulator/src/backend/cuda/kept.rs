@@ -31,9 +31,13 @@ const FILES: usize = 8;
 const BUSY: u32 = u32::MAX;
 /// A text that the table does not have.
 const NO_SLOT: u32 = u32::MAX;
-/// Words of a text, and of them those that say where traces start.
+/// Words of a text, and of them those that say where traces start, behind the page's own.
 const TEXT_WORDS: usize = TEXT_BYTES as usize / 4;
-const INDEX: std::ops::Range<usize> = FRAME_BYTES as usize / 4..TEXT_WORDS;
+const INDEX: std::ops::Range<usize> = FRAME_BYTES as usize / 4..FRAME_BYTES as usize / 2;
+/// Bytes of a trace's lane.
+const LANE_BYTES: usize = 16;
+/// Where a lane names a text, if it does: which word, and which of its bits. As in `TraceLane`.
+pub(super) const LANE_TEXT: Option<(usize, u32)> = None;
 
 /// Sizes that a file must agree on with the device, and what there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,26 @@ pub(super) struct Format {
     pub texts: u32,
     /// Traces that there is room for, or that are kept at most.
     pub traces: u32,
+    /// See [`LANE_TEXT`].
+    pub lane_text: Option<(usize, u32)>,
+}
+
+impl Format {
+    /// Whether all texts that a trace names are in the table.
+    fn names_known_texts(&self, trace: &[u8], slot_of: &[u32]) -> bool {
+        let Some((word, bits)) = self.lane_text else { return true };
+        let known = |text: u32| slot_of.get(text as usize).is_some_and(|slot| *slot != NO_SLOT);
+        trace.as_chunks::<LANE_BYTES>().0.iter().all(|lane| {
+            let word = lane.as_chunks().0.get(word).map_or(0, |word| u32::from_le_bytes(*word));
+            known(word & bits)
+        })
+    }
+}
+
+/// Trace `entry` - 1.
+fn trace_of(traces: &[u8], trace_bytes: u32, entry: u32) -> Option<&[u8]> {
+    let at = (entry.checked_sub(1)? as usize).checked_mul(trace_bytes as usize)?;
+    traces.get(at..at.checked_add(trace_bytes as usize)?)
 }
 
 /// Decoded code, whole and checked.
@@ -93,6 +117,14 @@ impl Decoded {
             }
         }
         let traces = traces(count as usize)?;
+        for entry in words.chunks_exact_mut(TEXT_WORDS).flat_map(|text| &mut text[INDEX]) {
+            // A trace may have been made since, of a text that came since.
+            let known = trace_of(&traces, format.trace_bytes, *entry)
+                .is_some_and(|trace| format.names_known_texts(trace, &slot_of));
+            if !known {
+                *entry = 0;
+            }
+        }
         let (trace_bytes, slots) = (format.trace_bytes, format.slots);
         Ok(Self { trace_bytes, slots, slot_of, words, bytes: traces, traces_at: 0 })
     }
@@ -179,8 +211,13 @@ impl Decoded {
                 return Err(Bad::Number);
             }
         }
-        let beyond = |text: &[u32]| text[INDEX].iter().any(|entry| *entry > traces);
-        if decoded.words.chunks_exact(TEXT_WORDS).any(beyond) {
+        let mut entries = decoded.words.chunks_exact(TEXT_WORDS).flat_map(|text| &text[INDEX]);
+        let leads = |entry: &u32| {
+            *entry == 0
+                || trace_of(decoded.traces(), format.trace_bytes, *entry)
+                    .is_some_and(|trace| format.names_known_texts(trace, &decoded.slot_of))
+        };
+        if !entries.all(leads) {
             return Err(Bad::Number);
         }
         Ok(decoded)

@@ -1,6 +1,6 @@
 use super::*;
 
-const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40 };
+const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, lane_text: None };
 
 /// A text whose index has these entries, at words of the page that depend on it.
 fn text(fill: u32, entries: &[u32]) -> Vec<u32> {
@@ -62,6 +62,37 @@ fn what_is_unfinished_is_left_out() {
     let table = decoded.table();
     assert_eq!((table[1], table[3], table.iter().filter(|entry| **entry != 0).count()), (1, 3, 2));
     assert_eq!(Decoded::decode(decoded.encode(), FORMAT).map(in_memory), Ok(decoded));
+}
+
+#[test]
+fn traces_lead_to_texts_of_the_table_only() {
+    let format = Format { lane_text: Some((3, 0xffff)), ..FORMAT };
+    // Trace n names text n / 2 in its last lane, and text 0 in the others.
+    let traces = |count: usize| {
+        let mut bytes = vec![0; count * 64];
+        for n in 0..count {
+            bytes[n * 64 + 60] = n as u8 / 2;
+            bytes[n * 64 + 62] = 0xff; // bits that are no number
+        }
+        Ok::<_, ()>(bytes)
+    };
+    let device = [text(7, &[1, 2, 3, 5]), text(8, &[]), text(9, &[4, 6, 7, 9])].concat();
+    let mut table = vec![0; 32];
+    (table[4], table[6]) = (1, 3); // text 1 is not in it
+    let decoded = Decoded::gather(format, &table, |_| Ok(device), traces).unwrap();
+    let entries: Vec<u32> = decoded.words.iter().copied().filter(|word| (1..7).contains(word)).collect();
+    // Traces 2 and 3 name text 1, traces 6 and 8 texts 3 and 4, which came later.
+    assert_eq!(entries, [1, 2, 5, 6]);
+    let bytes = decoded.encode();
+    assert_eq!(Decoded::decode(bytes.clone(), format).map(in_memory), Ok(decoded.clone()));
+    let first = bytes.len() - decoded.traces().len() + 12;
+    for (text, good) in [(0, true), (2, true), (1, false), (3, false), (0xffff, false), (0xffff_0002, true)] {
+        let mut bytes = bytes.clone();
+        put(&mut bytes, first, text);
+        let sum = check_sum(&bytes[SUM_BYTES..]);
+        bytes[..SUM_BYTES].copy_from_slice(&sum);
+        assert_eq!(Decoded::decode(bytes, format).is_ok(), good, "{text:#x}");
+    }
 }
 
 #[test]
