@@ -162,13 +162,20 @@ pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Err
 impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
-        let shared = SharedFrames::new(&config.boot)?;
-        // Who has no driver needs no compiler.
-        let (driver, contexts, free) = open_devices(&config.gpus)?;
-        let compiler = Compiler::find(&config.compilers)?;
-        let cache = cubin::cache_folder();
         let folder = config.keep_code.then(kept::folder).flatten();
-        let kept = folder.map(|folder| (folder, kept::image_hash(&config.boot)));
+        // Starting the driver takes longer than all the rest.
+        let (opened, (shared, compiler, kept)) = std::thread::scope(|scope| {
+            let opened = scope.spawn(|| open_devices(&config.gpus));
+            let shared = SharedFrames::new(&config.boot);
+            let compiler = Compiler::find(&config.compilers);
+            let kept = folder.map(|folder| (folder, kept::image_hash(&config.boot)));
+            (opened.join(), (shared, compiler, kept))
+        });
+        let shared = shared?;
+        // Who has no driver needs no compiler.
+        let (driver, contexts, free) = opened.map_err(|_| Error::Crashed)??;
+        let compiler = compiler?;
+        let cache = cubin::cache_folder();
         let kept = kept.as_ref().map(|(folder, image)| (folder.as_path(), image.as_str()));
         let devices = contexts
             .into_iter()
