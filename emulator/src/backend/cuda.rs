@@ -6,6 +6,8 @@ mod device;
 mod driver;
 mod engine;
 mod error;
+#[doc(hidden)]
+pub mod mapped;
 mod pace;
 mod plan;
 

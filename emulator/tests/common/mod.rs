@@ -8,10 +8,11 @@ pub mod net;
 use asm::*;
 use emulator::abi::{EXIT_BUDGET, Hart, Mailbox, Pool, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
 use emulator::backend::cpu::{Config, CpuMachines};
+use emulator::backend::cuda::mapped::{MappedDevice, MappedMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
@@ -64,21 +65,39 @@ pub enum By {
     Step,
     /// The GPU's engine W, its warp made of fibers.
     Warp,
+    /// The GPU's engine on a GPU.
+    Cuda,
 }
 
 impl By {
-    /// As the variable MACHINE_ENGINE says: `step`, `warp`, or nothing.
+    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `cuda`, or nothing.
     pub fn environment() -> Self {
         match std::env::var("MACHINE_ENGINE").as_deref() {
+            Err(_) | Ok("") => Self::Threaded,
             Ok("step") => Self::Step,
             Ok("warp") => Self::Warp,
-            _ => Self::Threaded,
+            Ok("cuda") => Self::Cuda,
+            Ok(other) => panic!("MACHINE_ENGINE={other}: expected step, warp or cuda"),
         }
     }
 }
 
+/// The GPU of this process: MACHINE_GPU says which, MACHINE_REGISTERS which of the kernels.
+fn gpu() -> &'static Arc<MappedDevice> {
+    static GPU: LazyLock<Arc<MappedDevice>> = LazyLock::new(|| {
+        let number = |name| std::env::var(name).ok().map(|text| text.parse::<u32>().expect(name));
+        let environments = std::env::var_os("NVRTC_ENVIRONMENT").map(Into::into);
+        let registers = number("MACHINE_REGISTERS");
+        MappedDevice::open(number("MACHINE_GPU").unwrap_or(0), registers, environments.as_slice())
+            .unwrap_or_else(|error| panic!("MACHINE_ENGINE=cuda: {error}"))
+    });
+    &GPU
+}
+
 /// A small fleet under test. Methods without a VM number are about VM 0.
 pub struct Bench {
+    /// The machines' memory on the GPU, once it has run a slice. To be dropped before them.
+    gpu: Option<MappedMachines>,
     pub machines: CpuMachines,
     engine: Box<dyn Engine>,
     /// What runs the slices. Not to be changed after the first one: engines keep decoded code in their own ways.
@@ -113,7 +132,7 @@ impl Bench {
         let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
         machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
-        Self { machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
+        Self { gpu: None, machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
     }
 
     /// On an engine that makes code native after so many jumps; 0: never.
@@ -153,6 +172,12 @@ impl Bench {
                 By::Threaded => (),
                 By::Step => return self.machines.run_on(machine_step_run, vm, &request),
                 By::Warp => return self.machines.run_on(machine_warp_run, vm, &request),
+                By::Cuda => {
+                    let machines = &self.machines;
+                    assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
+                    let gpu = self.gpu.get_or_insert_with(|| gpu().seat(machines).unwrap());
+                    return machines.ran(vm, gpu.run(vm, &request).unwrap());
+                }
             }
         }
         let mut results = Vec::new();
