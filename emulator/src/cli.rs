@@ -41,7 +41,7 @@ pub enum Command {
     Fleet(FleetArgs),
     /// Boot fleets of several sizes, one after the other, and measure.
     Bench(BenchArgs),
-    /// Boot the same VMs on the CPU and on a GPU, and compare them bit for bit on the way.
+    /// Run the same VMs on the CPU and on a GPU, and compare them bit for bit while they boot and answer requests.
     Lockstep(LockstepArgs),
     /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
     Load(LoadArgs),
@@ -267,9 +267,13 @@ pub struct LockstepArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub ram: Option<u64>,
 
-    /// Steps of each VM.
-    #[arg(long, value_name = "STEPS", default_value_t = 12_000_000)]
-    pub steps: u64,
+    /// HTTP requests that each VM answers once all are READY.
+    #[arg(long, value_name = "K", default_value_t = 100)]
+    pub requests: u32,
+
+    /// End after so many steps of each VM [default: when all requests are answered].
+    #[arg(long, value_name = "STEPS")]
+    pub steps: Option<u64>,
 
     /// Steps between two comparisons.
     #[arg(long, value_name = "STEPS", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]

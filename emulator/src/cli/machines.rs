@@ -104,7 +104,8 @@ fn open_stub(args: &MachineArgs, vms: u32) -> Result<Opened> {
     })
 }
 
-fn cuda_error(error: cuda::Error) -> Report {
+/// With what to do about it.
+pub fn cuda_error(error: cuda::Error) -> Report {
     let help = match &error {
         cuda::Error::Driver(_) | cuda::Error::NoDevice { .. } | cuda::Error::TooOld { .. } => {
             "Or run on the CPU: --backend cpu, or --backend auto, which takes a GPU if there is one."

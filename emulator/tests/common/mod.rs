@@ -7,7 +7,7 @@ pub mod net;
 
 use asm::*;
 use emulator::abi::{EXIT_BUDGET, Hart, Mailbox, Pool, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
-use emulator::backend::cpu::{Config, CpuMachines};
+use emulator::backend::cpu::{Config, CpuMachines, EngineFunction};
 use emulator::backend::cuda::mapped::{MappedDevice, MappedMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
@@ -78,6 +78,14 @@ impl By {
             Ok("warp") => Self::Warp,
             Ok("cuda") => Self::Cuda,
             Ok(other) => panic!("MACHINE_ENGINE={other}: expected step, warp or cuda"),
+        }
+    }
+    /// Of the engines that are for tests alone, the entry.
+    pub fn function(self) -> Option<EngineFunction> {
+        match self {
+            Self::Threaded | Self::Cuda => None,
+            Self::Step => Some(machine_step_run),
+            Self::Warp => Some(machine_warp_run),
         }
     }
 }
@@ -166,19 +174,16 @@ impl Bench {
     pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
         let request =
             SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
-        // SAFETY: they are built from the same headers; `&mut self` is the only user of the VM.
-        unsafe {
-            match self.by {
-                By::Threaded => (),
-                By::Step => return self.machines.run_on(machine_step_run, vm, &request),
-                By::Warp => return self.machines.run_on(machine_warp_run, vm, &request),
-                By::Cuda => {
-                    let machines = &self.machines;
-                    assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
-                    let gpu = self.gpu.get_or_insert_with(|| gpu().seat(machines).unwrap());
-                    return machines.ran(vm, gpu.run(vm, &request).unwrap());
-                }
-            }
+        let machines = &self.machines;
+        if let Some(function) = self.by.function() {
+            // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
+            return unsafe { machines.run_on(function, vm, &request) };
+        }
+        if self.by == By::Cuda {
+            assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
+            // SAFETY: as above, and it is dropped before the machines.
+            let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu().seat(machines) }.unwrap());
+            return machines.ran(vm, gpu.run(vm, &request).unwrap());
         }
         let mut results = Vec::new();
         self.engine.run(&[Slice { vm, request }], &mut results).unwrap();
