@@ -66,6 +66,7 @@ fn open_gpu(args: &LockstepArgs, boot: &Arc<BootMemory>) -> Result<CudaMachines>
         private_frames: None,
         epoch_ns: EPOCH_NS,
         seed: Some(args.seed),
+        engine: args.engine,
         engines: 1,
         target: Duration::from_millis(8),
         registers: args.gpu_registers,
@@ -151,6 +152,9 @@ fn command(args: &LockstepArgs, steps: u64, every: u64) -> String {
     );
     if let Some(ram) = args.ram {
         words += &format!(" --ram {ram}");
+    }
+    if let cuda::EngineChoice::Only(engine) = args.engine {
+        words += &format!(" --engine {}", engine.name());
     }
     if let Some(registers) = args.gpu_registers {
         words += &format!(" --gpu-registers {registers}");

@@ -8,11 +8,12 @@ pub mod net;
 use asm::*;
 use emulator::abi::{EXIT_BUDGET, Hart, Mailbox, Pool, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
 use emulator::backend::cpu::{Config, CpuMachines, EngineFunction};
+use emulator::backend::cuda::EngineKind;
 use emulator::backend::cuda::mapped::{MappedDevice, MappedMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, OnceLock};
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
@@ -65,25 +66,32 @@ pub enum By {
     Step,
     /// The GPU's engine W, its warp made of fibers.
     Warp,
-    /// The GPU's engine on a GPU.
-    Cuda,
+    /// An engine of the GPU on a GPU.
+    Cuda(EngineKind),
 }
 
 impl By {
-    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `cuda`, or nothing.
+    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `cuda` or for instance `cuda-l8`, or nothing.
     pub fn environment() -> Self {
         match std::env::var("MACHINE_ENGINE").as_deref() {
             Err(_) | Ok("") => Self::Threaded,
             Ok("step") => Self::Step,
             Ok("warp") => Self::Warp,
-            Ok("cuda") => Self::Cuda,
-            Ok(other) => panic!("MACHINE_ENGINE={other}: expected step, warp or cuda"),
+            Ok("cuda") => Self::Cuda(EngineKind::W),
+            Ok(other) => {
+                let kind = EngineKind::ALL
+                    .into_iter()
+                    .find(|kind| other.strip_prefix("cuda-").is_some_and(|name| name == kind.name()));
+                Self::Cuda(kind.unwrap_or_else(|| {
+                    panic!("MACHINE_ENGINE={other}: expected step, warp, cuda or for instance cuda-l8")
+                }))
+            }
         }
     }
     /// Of the engines that are for tests alone, the entry.
     pub fn function(self) -> Option<EngineFunction> {
         match self {
-            Self::Threaded | Self::Cuda => None,
+            Self::Threaded | Self::Cuda(_) => None,
             Self::Step => Some(machine_step_run),
             Self::Warp => Some(machine_warp_run),
         }
@@ -91,15 +99,15 @@ impl By {
 }
 
 /// The GPU of this process: MACHINE_GPU says which, MACHINE_REGISTERS which of the kernels.
-fn gpu() -> &'static Arc<MappedDevice> {
-    static GPU: LazyLock<Arc<MappedDevice>> = LazyLock::new(|| {
+fn gpu(kind: EngineKind) -> &'static Arc<MappedDevice> {
+    static GPU: OnceLock<Arc<MappedDevice>> = OnceLock::new();
+    GPU.get_or_init(|| {
         let number = |name| std::env::var(name).ok().map(|text| text.parse::<u32>().expect(name));
         let environments = std::env::var_os("NVRTC_ENVIRONMENT").map(Into::into);
         let registers = number("MACHINE_REGISTERS");
-        MappedDevice::open(number("MACHINE_GPU").unwrap_or(0), registers, environments.as_slice())
+        MappedDevice::open(number("MACHINE_GPU").unwrap_or(0), kind, registers, environments.as_slice())
             .unwrap_or_else(|error| panic!("MACHINE_ENGINE=cuda: {error}"))
-    });
-    &GPU
+    })
 }
 
 /// A small fleet under test. Methods without a VM number are about VM 0.
@@ -179,10 +187,10 @@ impl Bench {
             // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
             return unsafe { machines.run_on(function, vm, &request) };
         }
-        if self.by == By::Cuda {
+        if let By::Cuda(kind) = self.by {
             assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
             // SAFETY: as above, and it is dropped before the machines.
-            let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu().seat(machines) }.unwrap());
+            let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu(kind).seat(machines) }.unwrap());
             return machines.ran(vm, gpu.run(vm, &request).unwrap());
         }
         let mut results = Vec::new();

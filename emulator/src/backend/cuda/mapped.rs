@@ -6,22 +6,21 @@ use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use super::choice::EngineKind;
 use super::cubin;
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Registered, Stream};
 use super::error::Error;
 use super::{Gpus, open_devices};
-use crate::abi::{
-    GpuSlice, Mailbox, Pool, SliceRequest, SliceResult, TEXT_BYTES, TRACE_BYTES, Vm, WARP_BYTES,
-};
+use crate::abi::{GpuSlice, Mailbox, Pool, SliceRequest, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::EngineError;
 use crate::backend::cpu::CpuMachines;
 use crate::backend::nvrtc::Compiler;
 
 /// Registers of each thread, unless told otherwise: those of a small fleet.
 const REGISTERS: u32 = 128;
-/// Room for decoded code of each set of VMs. Little, so that tests that make much of it fill it.
+/// Room for decoded code of each set of VMs, the traces in bytes. Little, so that tests that make much of it fill it.
 const TEXTS: u32 = 512;
-const TRACES: u32 = 16 << 10;
+const TRACES: u32 = 8 << 20;
 /// Entries of the hash table of texts, a power of two.
 const SLOTS: u32 = 4 * TEXTS;
 /// Threads that clear decoded code: blocks, and of each block.
@@ -33,6 +32,7 @@ const NOT_WRITTEN: u32 = u32::MAX;
 #[derive(Debug)]
 pub struct MappedDevice {
     context: Arc<Context>,
+    kind: EngineKind,
     run: Function,
     forget_code: Function,
     /// Seats that no set of VMs has now.
@@ -51,18 +51,24 @@ struct Seat {
 }
 
 impl MappedDevice {
-    /// Opens device `ordinal` and compiles the kernels for it, with at most `registers` registers a thread.
-    pub fn open(ordinal: u32, registers: Option<u32>, compilers: &[PathBuf]) -> Result<Arc<Self>, Error> {
+    /// Opens device `ordinal` and compiles an engine for it, with at most `registers` registers a thread.
+    pub fn open(
+        ordinal: u32,
+        kind: EngineKind,
+        registers: Option<u32>,
+        compilers: &[PathBuf],
+    ) -> Result<Arc<Self>, Error> {
         let compiler = Compiler::find(compilers)?;
         let (_, contexts, _) = open_devices(&Gpus::List(vec![ordinal]))?;
         let context = contexts.into_iter().next().ok_or(Error::NoDevice { asked: ordinal, count: 0 })?;
         let arch = context.properties().arch();
         let cache = cubin::cache_folder();
-        let code = cubin::kernels(&compiler, &arch, registers.unwrap_or(REGISTERS), cache.as_deref())?;
+        let code = cubin::kernels(&compiler, &arch, kind, registers.unwrap_or(REGISTERS), cache.as_deref())?;
         let module = Module::load(&context, &code.cubin)?;
         let (run, forget_code) =
             (module.function(c"machine_run_w")?, module.function(c"machine_forget_code")?);
-        Ok(Arc::new(Self { context, run, forget_code, free: Mutex::default() }))
+        run.allow_shared(kind.shared_bytes())?;
+        Ok(Arc::new(Self { context, kind, run, forget_code, free: Mutex::default() }))
     }
 
     /// The device's name and architecture, for people.
@@ -92,7 +98,7 @@ impl MappedDevice {
             let pool = &mut *places.pool;
             (pool.text_ptr, pool.text_capacity) = (seat.texts.address(), TEXTS);
             (pool.text_table_ptr, pool.text_slots) = (seat.table.address(), SLOTS);
-            (pool.trace_ptr, pool.trace_capacity) = (seat.traces.address(), TRACES);
+            (pool.trace_ptr, pool.trace_capacity) = (seat.traces.address(), TRACES / self.kind.trace_bytes());
             (pool.text_count, pool.trace_count) = (0, 0);
             let frames = places.frames;
             // The CPU engine's code pages mean nothing here.
@@ -120,7 +126,7 @@ impl Seat {
             result: Pinned::new(context, 1)?,
             texts: Buffer::new(context, u64::from(TEXTS) * u64::from(TEXT_BYTES))?,
             table: Buffer::new(context, u64::from(SLOTS) * 4)?,
-            traces: Buffer::new(context, u64::from(TRACES) * u64::from(TRACE_BYTES))?,
+            traces: Buffer::new(context, TRACES.into())?,
         })
     }
 }
@@ -168,7 +174,7 @@ impl MappedMachines {
             Argument::Word(1),
             Argument::Address(seat.result.address()),
         ];
-        seat.stream.launch(&device.run, 1, 32, WARP_BYTES, &mut arguments)?;
+        seat.stream.launch(&device.run, 1, 32, device.kind.shared_bytes(), &mut arguments)?;
         seat.stream.wait()?;
         // SAFETY: in bounds, and the launch has ended.
         let result = unsafe { seat.result.as_ptr().read_volatile() };
