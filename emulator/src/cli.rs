@@ -4,6 +4,7 @@ pub mod bench;
 #[cfg(unix)]
 pub mod console;
 pub mod fleet;
+pub mod gpus;
 pub mod live;
 pub mod load;
 pub mod lockstep;
@@ -43,6 +44,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Run the same VMs on the CPU and on a GPU, and compare them bit for bit while they boot and answer requests.
     Lockstep(LockstepArgs),
+    /// List the GPUs that can run VMs, or say what is missing.
+    Gpus(GpusArgs),
     /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
     Load(LoadArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
@@ -254,6 +257,14 @@ pub struct BenchArgs {
     /// The commit that is measured, for the JSON.
     #[arg(long, value_name = "HASH")]
     pub commit: Option<String>,
+}
+
+/// `emulator gpus`.
+#[derive(Debug, Args)]
+pub struct GpusArgs {
+    /// Which, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "all")]
+    pub gpus: Gpus,
 }
 
 /// `emulator lockstep`.

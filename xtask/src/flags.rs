@@ -419,6 +419,19 @@ pub struct TestArgs {
     /// Install nothing; skip the tests whose tools are missing.
     #[arg(long)]
     pub no_install: bool,
+
+    /// cpu: all that needs no GPU; cuda: the machine's tests on a GPU, and guests in lockstep with the CPU.
+    #[arg(long, value_parser = ["cpu", "cuda"], default_value = "cpu")]
+    pub backend: String,
+
+    /// With --backend cuda: the GPU's engines to test.
+    #[arg(long, value_name = "NAME,NAME...", value_delimiter = ',', default_value = "w")]
+    pub engine: Vec<String>,
+
+    /// With --backend cuda: test nothing, but make a folder that does it on a GPU machine without Rust or network (sh
+    /// run.sh there).
+    #[arg(long, value_name = "DIR")]
+    pub archive: Option<PathBuf>,
 }
 
 /// As `until`.

@@ -136,6 +136,34 @@ fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
     Ok((driver, contexts, free))
 }
 
+/// What each of the devices is, a line each, once the kernels are there for it.
+pub fn check(gpus: &Gpus, compilers: &[PathBuf]) -> Result<Vec<String>, Error> {
+    let compiler = Compiler::find(compilers)?;
+    let (driver, contexts, free) = open_devices(gpus)?;
+    let (major, minor) = driver.version();
+    let (nvrtc, cache) = (compiler.version(), cubin::cache_folder());
+    let mut lines = Vec::new();
+    for (context, free) in contexts.iter().zip(free) {
+        let properties = context.properties();
+        let code = cubin::kernels(&compiler, &properties.arch(), EngineKind::W, 128, cache.as_deref())?;
+        lines.push(format!(
+            "GPU {}: {} ({}), {} multiprocessors, {} free; driver for CUDA {major}.{minor}, NVRTC {}.{}; kernels {} in \
+             {:.3} s",
+            properties.ordinal,
+            properties.name,
+            properties.arch(),
+            properties.multiprocessors,
+            size(free),
+            nvrtc.0,
+            nvrtc.1,
+            if code.cached { "read from the cache" } else { "compiled" },
+            code.took.as_secs_f64(),
+        ));
+        lines.extend(code.cache_trouble);
+    }
+    Ok(lines)
+}
+
 /// VMs that fit on the devices if each may write `written` bytes of its RAM.
 pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Error> {
     let shared = SharedFrames::new(boot)?;
