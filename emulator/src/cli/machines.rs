@@ -218,13 +218,13 @@ fn epoch_ns(args: &MachineArgs) -> u64 {
 }
 
 /// Threads that run VMs.
-fn threads(args: &MachineArgs, vms: u32) -> u32 {
+pub fn threads(args: &MachineArgs, vms: u32) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     args.threads.unwrap_or(cores).min(vms.max(1))
 }
 
 /// The host processor's name.
-fn processor() -> String {
+pub fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or_else(|| "CPU".to_owned(), |(_, name)| name.trim().to_owned())
