@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(row.line().len(), HEAD.len());
         assert_eq!(
             HEAD.replace("RAM MiB", "RAM").replace(" to ", "-").replace(" ms", "").split_whitespace().count(),
-            15
+            13
         );
     }
 }
