@@ -84,8 +84,8 @@ FN u32 csr_events(u32 number, u32 old, u32 value) {
     u32 changed = old ^ value;
     switch (number) {
     case CSR_SSTATUS:
-        return (changed & value & SSTATUS_SIE ? EV_CHECK : 0) | (changed & SSTATUS_SUM ? EV_MODE : 0) |
-               (changed & SSTATUS_MXR ? EV_FLUSH : 0);
+        return (changed & value & SSTATUS_SIE ? EV_CHECK : EV_NONE) |
+               (changed & SSTATUS_SUM ? EV_MODE : EV_NONE) | (changed & SSTATUS_MXR ? EV_FLUSH : EV_NONE);
     case CSR_SIE:
     case CSR_SIP: return EV_CHECK;
     case CSR_SATP: return EV_FLUSH;
