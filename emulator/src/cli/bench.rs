@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use emulator::backend::cuda::EngineChoice;
+use emulator::backend::cuda::{self, EngineChoice};
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig};
 use emulator::guest::GuestImage;
@@ -145,7 +145,12 @@ fn cases(args: &BenchArgs, boot: &Arc<BootMemory>) -> Result<Vec<Case>> {
     let engines = if args.engines.is_empty() { vec![args.machine.engine] } else { args.engines.clone() };
     let slices = if args.slices.is_empty() { vec![args.machine.gpu_slice] } else { args.slices.clone() };
     // Where there is no GPU, engines and slices say nothing.
-    let on_cpu = args.machine.backend == Backend::Cpu;
+    let no_gpu = || cuda::most_vms(&args.machine.gpus, boot, 0).is_err();
+    let on_cpu = match args.machine.backend {
+        Backend::Cuda => false,
+        Backend::Auto => no_gpu(),
+        Backend::Cpu | Backend::Stub => true,
+    };
     for &engine in if on_cpu { &[EngineChoice::Auto][..] } else { &engines } {
         for &gpu_slice in if on_cpu { &slices[..1] } else { &slices } {
             let machine = MachineArgs { engine, gpu_slice, ..args.machine.clone() };
