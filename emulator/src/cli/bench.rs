@@ -64,6 +64,7 @@ struct Facts {
     device: String,
     driver: Option<String>,
     registers: Option<u32>,
+    kept_code: Option<bool>,
 }
 
 /// `emulator bench`.
@@ -143,7 +144,10 @@ fn cases(args: &BenchArgs, boot: &Arc<BootMemory>) -> Result<Vec<Case>> {
         Ok(())
     };
     let engines = if args.engines.is_empty() { vec![args.machine.engine] } else { args.engines.clone() };
-    let slices = if args.slices.is_empty() { vec![args.machine.gpu_slice] } else { args.slices.clone() };
+    let slices = match args.slices.as_slice() {
+        [] => vec![args.machine.gpu_slice],
+        list => list.iter().copied().map(Some).collect(),
+    };
     // Where there is no GPU, engines and slices say nothing.
     let no_gpu = || cuda::most_vms(&args.machine.gpus, boot, 0).is_err();
     let on_cpu = match args.machine.backend {
@@ -179,6 +183,10 @@ fn measure_case(args: &BenchArgs, case: &Case, document: &mut Document) -> Resul
             seconds_to_ready: median(&of(|run| run.ready)),
             seconds_to_open: median(&of(|run| run.open)),
             bytes_per_vm: Some(first.bytes_per_vm),
+            kept_code: first
+                .facts
+                .kept_code
+                .map(|_| runs.iter().all(|run| run.facts.kept_code == Some(true))),
             ..case.speeds("boot", &first.facts, &of(|run| run.gips))
         });
         let steady: Vec<f64> = runs.iter().filter_map(|run| run.steady_gips).collect();
@@ -209,8 +217,9 @@ impl Case {
             vms: self.vms,
             ram_bytes: self.boot.ram_bytes,
             threads: (!on_gpu).then(|| machines::threads(&self.machine, self.vms)),
-            slice_ms: on_gpu.then_some(self.machine.gpu_slice),
+            slice_ms: self.machine.gpu_slice.filter(|_| on_gpu),
             registers: facts.registers,
+            kept_code: facts.kept_code,
             runs: runs as u32,
             ..Row::default()
         }
@@ -245,7 +254,7 @@ impl Case {
 /// A fleet that has been started, what is known of it, and the seconds that opening it took.
 fn open(case: &Case, bridge: Option<&mut UserBridge>, started: Instant) -> Result<(Fleet, Facts, f64)> {
     let boot = Arc::clone(&case.boot);
-    let Opened { machines, choice, notes, device, driver, registers } =
+    let Opened { machines, choice, notes, device, driver, registers, kept_code } =
         machines::open(&case.machine, case.vms, boot, |text| tracing::warn!("{text}"))?;
     let open = started.elapsed().as_secs_f64();
     for note in notes.iter().chain((!choice.is_empty()).then_some(&choice)) {
@@ -255,12 +264,20 @@ fn open(case: &Case, bridge: Option<&mut UserBridge>, started: Instant) -> Resul
     let config =
         FleetConfig { time, started, epoch: started, budget: Budget::CORE, bridged: bridge.is_some() };
     let fleet = Fleet::new(machines, config, None);
-    let facts = Facts { backend: fleet.backend(), engine: fleet.engine(), device, driver, registers };
+    let facts =
+        Facts { backend: fleet.backend(), engine: fleet.engine(), device, driver, registers, kept_code };
     if let Some(bridge) = bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
     fleet.start().into_diagnostic()?;
     Ok((fleet, facts, open))
+}
+
+/// Keeps decoded code for the next start.
+fn keep(fleet: &Fleet) {
+    for line in fleet.keep() {
+        tracing::warn!("{line}");
+    }
 }
 
 fn bytes_per_vm(fleet: &Fleet) -> u64 {
@@ -290,6 +307,7 @@ fn measure(args: &BenchArgs, case: &Case) -> Result<Run> {
     let bytes_per_vm = bytes_per_vm(&fleet);
     let steady_gips = if args.steady > 0.0 { Some(steady(args, &fleet)?) } else { None };
     fleet.stop();
+    keep(&fleet);
     let gips = instructions as f64 / ready.max(1e-9) / 1e9;
     Ok(Run { open, ready, gips, instructions, steady_gips, bytes_per_vm, facts })
 }
@@ -325,6 +343,7 @@ fn serve(args: &BenchArgs, case: &Case) -> Result<Served> {
     }
     bridge.stop().into_diagnostic()?;
     fleet.stop();
+    keep(&fleet);
     if outcome.answered == 0 {
         let why = outcome.failures.keys().next().cloned().unwrap_or_else(|| "none was asked".into());
         return Err(miette!("no request was answered: {why}"));

@@ -3,7 +3,6 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use emulator::backend::cpu::{self, CpuMachines};
 use emulator::backend::cuda::{self, CudaMachines};
@@ -50,6 +49,9 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
             return Err(miette!("the guests are not READY after {} steps", pair.at));
         }
     }
+    for line in pair.other.iter().flat_map(|gpu| gpu.machines.keep()) {
+        tracing::warn!("{line}");
+    }
     println!(
         "{compared} states compared, hart, devices and all RAM: no difference; {}, {} HTTP requests answered",
         if pair.is_ready() { "all VMs READY" } else { "not all VMs READY" },
@@ -67,10 +69,11 @@ fn open_gpu(args: &LockstepArgs, boot: &Arc<BootMemory>) -> Result<CudaMachines>
         epoch_ns: EPOCH_NS,
         seed: Some(args.seed),
         engine: args.engine,
-        engines: 1,
-        target: Duration::from_millis(8),
+        engines: Some(1),
+        target: None,
         registers: args.gpu_registers,
         warps_per_block: None,
+        keep_code: !args.no_code_cache,
         compilers: compiler_environments(),
     });
     machines.map_err(machines::cuda_error)
@@ -155,6 +158,9 @@ fn command(args: &LockstepArgs, steps: u64, every: u64) -> String {
     }
     if let cuda::EngineChoice::Only(engine) = args.engine {
         words += &format!(" --engine {}", engine.name());
+    }
+    if args.no_code_cache {
+        words += " --no-code-cache";
     }
     if let Some(registers) = args.gpu_registers {
         words += &format!(" --gpu-registers {registers}");

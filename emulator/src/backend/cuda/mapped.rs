@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use super::choice::EngineKind;
+use super::choice::{EngineKind, Translations};
 use super::cubin;
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Registered, Stream};
 use super::error::Error;
@@ -33,6 +33,7 @@ const NOT_WRITTEN: u32 = u32::MAX;
 pub struct MappedDevice {
     context: Arc<Context>,
     kind: EngineKind,
+    shared_bytes: u32,
     run: Function,
     forget_code: Function,
     /// Seats that no set of VMs has now.
@@ -63,12 +64,22 @@ impl MappedDevice {
         let context = contexts.into_iter().next().ok_or(Error::NoDevice { asked: ordinal, count: 0 })?;
         let arch = context.properties().arch();
         let cache = cubin::cache_folder();
-        let code = cubin::kernels(&compiler, &arch, kind, registers.unwrap_or(REGISTERS), cache.as_deref())?;
+        // Few translations at hand, so that tests need more.
+        let translations = Translations::pick(u32::MAX, 1, 0);
+        let code = cubin::kernels(
+            &compiler,
+            &arch,
+            kind,
+            translations,
+            registers.unwrap_or(REGISTERS),
+            cache.as_deref(),
+        )?;
         let module = Module::load(&context, &code.cubin)?;
         let (run, forget_code) =
             (module.function(c"machine_run_w")?, module.function(c"machine_forget_code")?);
-        run.allow_shared(kind.shared_bytes())?;
-        Ok(Arc::new(Self { context, kind, run, forget_code, free: Mutex::default() }))
+        let shared_bytes = translations.shared_bytes() * kind.vms_per_warp();
+        run.allow_shared(shared_bytes)?;
+        Ok(Arc::new(Self { context, kind, shared_bytes, run, forget_code, free: Mutex::default() }))
     }
 
     /// The device's name and architecture, for people.
@@ -92,6 +103,8 @@ impl MappedDevice {
         let free = crate::fleet::lock(&self.free).pop();
         let seat = free.map_or_else(|| Seat::new(&self.context), Ok)?;
         seat.table.zero(&seat.stream, 0, seat.table.bytes())?;
+        // Lanes without a VM run trace 0 for nothing: it has to be one.
+        seat.traces.zero(&seat.stream, 0, self.kind.trace_bytes().into())?;
         seat.stream.wait()?;
         // SAFETY: pool and code table are the machines', and no engine runs.
         let frames = unsafe {
@@ -174,7 +187,7 @@ impl MappedMachines {
             Argument::Word(1),
             Argument::Address(seat.result.address()),
         ];
-        seat.stream.launch(&device.run, 1, 32, device.kind.shared_bytes(), &mut arguments)?;
+        seat.stream.launch(&device.run, 1, 32, device.shared_bytes, &mut arguments)?;
         seat.stream.wait()?;
         // SAFETY: in bounds, and the launch has ended.
         let result = unsafe { seat.result.as_ptr().read_volatile() };

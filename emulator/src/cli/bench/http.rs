@@ -24,7 +24,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The bridge for a fleet, on ports that are free now.
 pub fn bridge(vms: u32) -> Result<UserBridge> {
-    ports::allow_files(vms, CONNECTIONS).into_diagnostic()?;
     let last = 65_536 - i64::from(vms);
     let mut why = None;
     for base in [4000, 20_000, 28_000, 10_000, 1024].into_iter().filter(|base| i64::from(*base) <= last) {
@@ -39,8 +38,8 @@ pub fn bridge(vms: u32) -> Result<UserBridge> {
 /// Waits until every VM has answered GET / with 200; the seconds since `started`.
 pub fn first_answers(fleet: &Fleet, bridge: &UserBridge, started: Instant, limit: f64) -> Result<f64> {
     let deadline = started + Duration::from_secs_f64(limit);
-    let (ports, at_once) = (bridge.ports(), FIRST_AT_ONCE);
-    let probe = Probe { ports, at_once, patience: PATIENCE, deadline: Some(deadline) };
+    let (reach, at_once) = (bridge.reach(), FIRST_AT_ONCE);
+    let probe = Probe { reach, at_once, patience: PATIENCE, deadline: Some(deadline) };
     let target = |vm| match fleet.is_down(vm) {
         true => Target::Down,
         false if fleet.status(vm).ready.is_some() => Target::Ready,
@@ -59,13 +58,17 @@ pub fn first_answers(fleet: &Fleet, bridge: &UserBridge, started: Instant, limit
     }
 }
 
-/// Asks all VMs in turn for `seconds`, each connection again as soon as it was answered.
+/// Asks all VMs that have a port in turn for `seconds`, each connection again as soon as it was answered.
 pub fn load(bridge: &UserBridge, seconds: f64) -> Result<Outcome> {
-    let ports = bridge.ports();
-    let port = |vm| ports.port_of(vm).unwrap_or(ports.base);
-    let targets: Vec<_> =
-        (0..ports.vms).map(|vm| SocketAddr::from((Ipv4Addr::LOCALHOST, port(vm)))).collect();
-    let connections = (ports.vms as usize * 4).min(CONNECTIONS);
+    let reach = bridge.reach();
+    // All that have a port: beyond the limit of open files they have none.
+    let targets: Vec<_> = (0..reach.vms())
+        .filter_map(|vm| reach.port_of(vm))
+        .map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+        .collect();
+    let connections = (targets.len() * 4).min(CONNECTIONS);
+    let connections =
+        ports::allow_files(0, connections).into_diagnostic()?.connections.clamp(1, connections.max(1));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = THREADS.min(cores.div_ceil(4)).min(connections);
     let running: Vec<_> = (0..threads)

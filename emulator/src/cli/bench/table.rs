@@ -34,9 +34,11 @@ pub struct Row {
     pub ram_bytes: u64,
     /// CPU threads that run VMs; none on a GPU.
     pub threads: Option<u32>,
-    /// How long a launch is to take; none on the CPU.
+    /// How long a launch was to take, if it was given.
     pub slice_ms: Option<u32>,
     pub registers: Option<u32>,
+    /// Whether all runs began with decoded code of an earlier start; none where there is none to keep.
+    pub kept_code: Option<bool>,
     pub runs: u32,
     pub mips_per_vm: Option<f64>,
     pub gips_total: Option<f64>,
