@@ -4,6 +4,7 @@ pub mod bench;
 #[cfg(unix)]
 pub mod console;
 pub mod fleet;
+pub mod gpus;
 pub mod live;
 pub mod load;
 pub mod lockstep;
@@ -40,10 +41,12 @@ pub struct Cli {
 pub enum Command {
     /// Boot a fleet and serve it until Ctrl-C.
     Fleet(FleetArgs),
-    /// Boot fleets of several sizes, one after the other, and measure.
+    /// Measure fleets of several sizes, one after the other: booting, busy and serving.
     Bench(BenchArgs),
-    /// Boot the same VMs on the CPU and on a GPU, and compare them bit for bit on the way.
+    /// Run the same VMs on the CPU and on a GPU, and compare them bit for bit while they boot and answer requests.
     Lockstep(LockstepArgs),
+    /// List the GPUs that can run VMs, or say what is missing.
+    Gpus(GpusArgs),
     /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
     Load(LoadArgs),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
@@ -225,24 +228,37 @@ pub struct MachineArgs {
 }
 
 /// `emulator bench`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
     /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
     #[arg(long, value_name = "DIR")]
     pub image: PathBuf,
 
-    /// Sizes of the fleets.
-    #[arg(long, value_name = "N,N...", value_delimiter = ',', default_value = "1,64,256,1024",
-        value_parser = clap::value_parser!(u32).range(1..))]
+    /// Sizes of the fleets; max: as many as memory allows. What does not fit is left out.
+    #[arg(long, value_name = "N,N...", value_delimiter = ',', value_parser = vm_count,
+        default_value = "1,64,256,1024,4096,8192,16384,32768")]
     pub vms: Vec<u32>,
 
-    /// RAM of each VM, as in 16M [default: what the image was made for].
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub ram: Option<u64>,
+    /// Sizes of fleets on the CPU, to compare with.
+    #[arg(long, value_name = "N,N...", value_delimiter = ',', value_parser = vm_count)]
+    pub cpu_vms: Vec<u32>,
+
+    /// RAM of each VM, as in 8M,16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE,SIZE...", value_delimiter = ',', value_parser = parse_size)]
+    pub ram: Vec<u64>,
 
     /// Where the VMs run.
     #[command(flatten)]
     pub machine: MachineArgs,
+
+    /// Engines of the GPU to measure one after the other [default: --engine].
+    #[arg(long, value_name = "NAME,NAME...", value_delimiter = ',', help_heading = "GPU tuning")]
+    pub engines: Vec<EngineChoice>,
+
+    /// Lengths of launches to measure one after the other [default: --gpu-slice].
+    #[arg(long, value_name = "MS,MS...", value_delimiter = ',', help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub slices: Vec<u32>,
 
     /// Runs of each size; medians are shown.
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -251,6 +267,14 @@ pub struct BenchArgs {
     /// After the boot, keep every VM's shell busy for so many seconds and measure; 0: don't.
     #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
     pub steady: f64,
+
+    /// Boot once more with a network, and ask all VMs for their page for so many seconds; 0: don't.
+    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    pub http: f64,
+
+    /// Other emulators to measure beside: a file that `cargo xtask bench --peer` writes.
+    #[arg(long, value_name = "FILE")]
+    pub peers: Option<PathBuf>,
 
     /// Give up on a boot after so many seconds.
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
@@ -263,6 +287,14 @@ pub struct BenchArgs {
     /// The commit that is measured, for the JSON.
     #[arg(long, value_name = "HASH")]
     pub commit: Option<String>,
+}
+
+/// `emulator gpus`.
+#[derive(Debug, Args)]
+pub struct GpusArgs {
+    /// Which, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "all")]
+    pub gpus: Gpus,
 }
 
 /// `emulator lockstep`.
@@ -280,9 +312,13 @@ pub struct LockstepArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub ram: Option<u64>,
 
-    /// Steps of each VM.
-    #[arg(long, value_name = "STEPS", default_value_t = 12_000_000)]
-    pub steps: u64,
+    /// HTTP requests that each VM answers once all are READY.
+    #[arg(long, value_name = "K", default_value_t = 100)]
+    pub requests: u32,
+
+    /// End after so many steps of each VM [default: when all requests are answered].
+    #[arg(long, value_name = "STEPS")]
+    pub steps: Option<u64>,
 
     /// Steps between two comparisons.
     #[arg(long, value_name = "STEPS", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]

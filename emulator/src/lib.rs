@@ -5,6 +5,7 @@ pub mod backend;
 pub mod console;
 pub mod fleet;
 pub mod guest;
+pub mod lockstep;
 pub mod mailbox;
 pub mod memory;
 pub mod net;

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         cli::Command::Fleet(args) => cli::fleet::run(args, started),
         cli::Command::Bench(args) => cli::bench::run(args),
         cli::Command::Lockstep(args) => cli::lockstep::run(args),
+        cli::Command::Gpus(args) => cli::gpus::run(args),
         cli::Command::Load(args) => cli::load::run(args),
         #[cfg(unix)]
         cli::Command::Console(args) => cli::console::console(args),

@@ -119,7 +119,8 @@ fn nvrtc_in(folder: &Path) -> Option<PathBuf> {
     all.find_map(|sub| names.iter().map(|name| sub.join(name)).find(|path| path.is_file()))
 }
 
-fn library_of_nvrtc() -> Option<PathBuf> {
+/// Where NVRTC lies, if it is installed where the emulator looks.
+pub fn library_of_nvrtc() -> Option<PathBuf> {
     let system = ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].into_iter().find_map(library);
     system.or_else(|| nvrtc_in(&nvrtc_folder()))
 }

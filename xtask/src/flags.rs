@@ -40,6 +40,8 @@ pub enum Command {
     Reset(ActArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor(DoctorArgs),
+    /// Measure fleets of several sizes, booting, busy and serving, and other emulators beside them.
+    Bench(Box<BenchArgs>),
     /// Run all checks and tests; installs what they need, and says what it skips and why.
     Test(TestArgs),
 }
@@ -405,6 +407,98 @@ pub struct DoctorArgs {
     pub fix: bool,
 }
 
+/// `cargo xtask bench`. The emulator checks lists and numbers.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask bench --backend cpu --vms 1,16 --runs 3
+  cargo xtask bench --cpu-vms 1,64,1024 --peer semu=./semu --peer qemu=qemu-system-riscv32")]
+pub struct BenchArgs {
+    /// Which image.
+    #[arg(long, value_name = "NAME|PATH", default_value = "lean")]
+    pub profile: String,
+
+    /// Sizes of the fleets; max: as many as memory allows. What does not fit is left out [default:
+    /// 1,64,256,1024,4096,8192,16384,32768].
+    #[arg(long, value_name = "N,N...")]
+    pub vms: Option<String>,
+
+    /// Sizes of fleets on all cores of the CPU, to compare with [default: none].
+    #[arg(long, value_name = "N,N...")]
+    pub cpu_vms: Option<String>,
+
+    /// RAM of each VM, as in 8M,16M [default: the profile's].
+    #[arg(long, value_name = "SIZE,SIZE...")]
+    pub ram: Option<String>,
+
+    /// Where the VMs run; auto takes a GPU if there is one.
+    #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
+    pub backend: String,
+
+    /// GPUs that share the fleet, by their numbers, or all of them [default: 0].
+    #[arg(long, value_name = "N,N...|all")]
+    pub gpus: Option<String>,
+
+    /// Engines of the GPU, measured one after the other [default: auto].
+    #[arg(long, value_name = "NAME,NAME...")]
+    pub engine: Option<String>,
+
+    /// How long a launch is to take; several are measured one after the other [default: 8].
+    #[arg(long, value_name = "MS,MS...")]
+    pub slice: Option<String>,
+
+    /// CPU threads that run VMs [default: one per core].
+    #[arg(long, value_name = "K")]
+    pub threads: Option<String>,
+
+    /// Runs of each size; medians are shown [default: 1].
+    #[arg(long, value_name = "K")]
+    pub runs: Option<String>,
+
+    /// After the boot, keep every VM's shell busy for so many seconds and measure; 0: don't [default: 3].
+    #[arg(long, value_name = "SECONDS")]
+    pub steady: Option<String>,
+
+    /// Boot once more with a network, and ask all VMs for their page for so many seconds; 0: don't [default: 3].
+    #[arg(long, value_name = "SECONDS")]
+    pub http: Option<String>,
+
+    /// Give up on a boot after so many seconds [default: 120].
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<String>,
+
+    /// Another emulator to measure with the same guest on this machine: one process, and one for each core. May be
+    /// repeated.
+    #[arg(long = "peer", value_name = "semu|qemu=PATH")]
+    pub peers: Vec<Peer>,
+
+    /// Where the figures go [default: bench/results/DATE-bench.json].
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// Another emulator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Which one.
+    pub name: String,
+    /// Its program.
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for Peer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name @ ("semu" | "qemu"), path)) if !path.is_empty() => {
+                Ok(Self { name: name.into(), path: path.into() })
+            }
+            _ => Err("expected semu=PATH or qemu=PATH".into()),
+        }
+    }
+}
+
 /// `cargo xtask test`.
 #[derive(Debug, Args)]
 pub struct TestArgs {
@@ -423,6 +517,19 @@ pub struct TestArgs {
     /// Install nothing; skip the tests whose tools are missing.
     #[arg(long)]
     pub no_install: bool,
+
+    /// cpu: all that needs no GPU; cuda: the machine's tests on a GPU, and guests in lockstep with the CPU.
+    #[arg(long, value_parser = ["cpu", "cuda"], default_value = "cpu")]
+    pub backend: String,
+
+    /// With --backend cuda: the GPU's engines to test.
+    #[arg(long, value_name = "NAME,NAME...", value_delimiter = ',', default_value = "w")]
+    pub engine: Vec<String>,
+
+    /// With --backend cuda: test nothing, but make a folder that does it on a GPU machine without Rust or network (sh
+    /// run.sh there).
+    #[arg(long, value_name = "DIR")]
+    pub archive: Option<PathBuf>,
 }
 
 /// As `until`.

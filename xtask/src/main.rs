@@ -1,5 +1,6 @@
 //! The command line of Linux on GPU: parse, dispatch, report. One file per subcommand.
 
+mod bench;
 mod doctor;
 mod emulator;
 mod flags;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         Command::Resume(args) => run::act("resume", &args),
         Command::Reset(args) => run::act("reset", &args),
         Command::Doctor(args) => doctor::command(&args),
+        Command::Bench(args) => bench::command(&args),
         Command::Test(args) => test::command(&args),
     };
     match result {

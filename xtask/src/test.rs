@@ -1,5 +1,7 @@
 //! `cargo xtask test`: formatting, lints, all tests of the workspace, and a fleet that boots and serves; installs what
-//! they need, says what it skips and why, and ends with counts.
+//! they need, says what it skips and why, and ends with counts. Or the tests of the CUDA back end (gpu.rs).
+
+mod gpu;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
@@ -64,6 +66,21 @@ impl Tally {
             self.skipped.push(why.to_owned());
         }
     }
+    /// The counts; an error if something failed.
+    fn end(&self, start: Instant) -> miette::Result<()> {
+        for why in &self.skipped {
+            println!("skipped: {why}");
+        }
+        for why in &self.failed {
+            println!("FAILED: {why}");
+        }
+        println!("{:.0} s", start.elapsed().as_secs_f64());
+        println!("{} passed, {} failed, {} skipped", self.passed, self.failed.len(), self.skipped.len());
+        match self.failed.len() {
+            0 => Ok(()),
+            failed => Err(miette::miette!("{failed} of the tests failed")),
+        }
+    }
 }
 
 /// `cargo xtask test`.
@@ -73,6 +90,12 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let mut tally = Tally::default();
     let tools =
         Tools { install: !args.no_install, quiet: false, folder: Cache::open()?.root().join("test-tools") };
+    if args.backend == "cuda" {
+        return gpu::command(args, &root, &tools);
+    }
+    if args.archive.is_some() {
+        return Err(miette::miette!("--archive is for --backend cuda"));
+    }
 
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -148,18 +171,7 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     }
     windows(&mut tally, &root, &tools);
 
-    for why in &tally.skipped {
-        println!("skipped: {why}");
-    }
-    for why in &tally.failed {
-        println!("FAILED: {why}");
-    }
-    println!("{:.0} s", start.elapsed().as_secs_f64());
-    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed.len(), tally.skipped.len());
-    match tally.failed.len() {
-        0 => Ok(()),
-        failed => Err(miette::miette!("{failed} of the tests failed")),
-    }
+    tally.end(start)
 }
 
 fn cargo<A: AsRef<OsStr>>(root: &Path, args: impl IntoIterator<Item = A>) -> Command {

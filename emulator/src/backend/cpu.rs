@@ -53,6 +53,22 @@ pub struct Config {
     pub seed: Option<u64>,
 }
 
+/// Where the VMs and what belongs to them lie in the host's memory.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Places {
+    /// The VMs, one behind the other.
+    pub vms: *mut Vm,
+    /// Their mailboxes.
+    pub mailboxes: *mut Mailbox,
+    /// The pool.
+    pub pool: *mut Pool,
+    /// Frames in it, the shared ones included.
+    pub frames: u32,
+    /// All mappings that an engine for GPUs may reach from there.
+    pub regions: [(*mut u8, usize); 7],
+}
+
 /// Why the fleet could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -98,6 +114,7 @@ struct Inner {
     tables: Mapping,
     pool: Mapping,
     code_of: Mapping,
+    frames: u32,
     native: Option<Native>,
     private_frames: Vec<AtomicU32>,
     code_pages: Vec<AtomicU32>,
@@ -138,6 +155,7 @@ impl CpuMachines {
             code_pages: (0..vms).map(|_| AtomicU32::new(0)).collect(),
             pool,
             code_of,
+            frames: frames as u32,
             native: Native::new(vms, code_pages as usize * CODE_PAGE_BYTES as usize),
             _memory: [base, ring, code_frame, code],
             shared,
@@ -208,8 +226,29 @@ impl CpuMachines {
         let (at, pool, mail) = (self.inner.vm(vm), self.inner.pool(), self.inner.mailbox(vm));
         // SAFETY: VM and mailbox are in bounds (checked); the rest is the caller's promise.
         unsafe { engine(std::ptr::null_mut(), at, pool, mail, request, &mut result) };
+        self.ran(vm, result)
+    }
+
+    /// Notes what came of a slice that another engine ran.
+    #[doc(hidden)]
+    pub fn ran(&self, vm: u32, result: SliceResult) -> SliceResult {
         self.inner.private_frames[vm as usize].store(result.private_frames, Relaxed);
         result
+    }
+
+    /// Where things are, for an engine of another kind in tests.
+    #[doc(hidden)]
+    pub fn places(&self) -> Places {
+        let inner = &self.inner;
+        let [base, ring, ..] = &inner._memory;
+        let all = [&inner.vms, &inner.mailboxes, &inner.tables, &inner.pool, &inner.code_of, base, ring];
+        Places {
+            vms: inner.vm(0),
+            mailboxes: inner.mailbox(0),
+            pool: inner.pool(),
+            frames: inner.frames,
+            regions: all.map(|mapping| (mapping.as_ptr(), mapping.bytes())),
+        }
     }
 
     /// How many jumps to an instruction make the code from there on native, for engines taken from now on; 0: it

@@ -8,6 +8,8 @@ mod driver;
 mod engine;
 mod error;
 mod kept;
+#[doc(hidden)]
+pub mod mapped;
 mod pace;
 mod plan;
 
@@ -26,6 +28,7 @@ use crate::fleet::capacity::size;
 use crate::mailbox::MailboxRef;
 use crate::memory::{BootMemory, SharedFrames};
 
+use choice::Translations;
 use device::Device;
 use driver::{Context, Driver};
 use engine::CudaEngine;
@@ -146,6 +149,36 @@ fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
         contexts.push(context);
     }
     Ok((driver, contexts, free))
+}
+
+/// What each of the devices is, a line each, once the kernels are there for it.
+pub fn check(gpus: &Gpus, compilers: &[PathBuf]) -> Result<Vec<String>, Error> {
+    let compiler = Compiler::find(compilers)?;
+    let (driver, contexts, free) = open_devices(gpus)?;
+    let (major, minor) = driver.version();
+    let (nvrtc, cache) = (compiler.version(), cubin::cache_folder());
+    let mut lines = Vec::new();
+    for (context, free) in contexts.iter().zip(free) {
+        let properties = context.properties();
+        let translations = Translations::pick(1, properties.multiprocessors, properties.shared_bytes);
+        let (arch, cache) = (properties.arch(), cache.as_deref());
+        let code = cubin::kernels(&compiler, &arch, EngineKind::W, translations, 128, cache)?;
+        lines.push(format!(
+            "GPU {}: {} ({}), {} multiprocessors, {} free; driver for CUDA {major}.{minor}, NVRTC {}.{}; kernels {} in \
+             {:.3} s",
+            properties.ordinal,
+            properties.name,
+            properties.arch(),
+            properties.multiprocessors,
+            size(free),
+            nvrtc.0,
+            nvrtc.1,
+            if code.cached { "read from the cache" } else { "compiled" },
+            code.took.as_secs_f64(),
+        ));
+        lines.extend(code.cache_trouble);
+    }
+    Ok(lines)
 }
 
 /// VMs that fit on the devices if each may write `written` bytes of its RAM.

@@ -1,19 +1,26 @@
-//! `emulator bench`: boots fleets of several sizes and measures. docs/performance.md has results.
+//! `emulator bench`: boots fleets of several sizes, keeps them busy, has them serve, and measures; other emulators beside
+//! them. docs/performance.md has results.
 
-use std::io::Write;
+mod http;
+mod peer;
+mod table;
+
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use emulator::backend::cuda::{self, EngineChoice};
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig};
 use emulator::guest::GuestImage;
 use emulator::memory::BootMemory;
+use emulator::net::load::Outcome;
+use emulator::net::user::UserBridge;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use serde::Serialize;
-use std::process::ExitCode;
 
-use super::BenchArgs;
 use super::machines::{self, Opened};
+use super::{Backend, BenchArgs, MAX_VMS, MachineArgs};
+use table::{Document, Row, median, spread};
 
 /// What keeps a guest busy: its shell, and the kernel with it.
 const LOAD: &[u8] = b"while :; do echo x > /dev/null; done\n";
@@ -22,48 +29,38 @@ const SETTLE: Duration = Duration::from_millis(500);
 /// How often a boot is looked at.
 const TICK: Duration = Duration::from_millis(20);
 
-/// The JSON document.
-#[derive(Serialize)]
-struct Document {
-    device: String,
-    driver: Option<String>,
-    commit: Option<String>,
-    image: String,
-    rows: Vec<Row>,
-}
-
-/// One phase of one size: medians over the runs.
-#[derive(Clone, Serialize)]
-struct Row {
-    backend: &'static str,
-    engine: String,
-    registers: Option<u32>,
-    /// Whether all runs began with decoded code of an earlier start; null where there is none to keep.
-    kept_code: Option<bool>,
-    phase: &'static str,
+/// What is measured at once.
+#[derive(Clone)]
+struct Case {
+    machine: MachineArgs,
+    boot: Arc<BootMemory>,
     vms: u32,
-    ram_bytes: u64,
-    runs: u32,
-    mips_per_vm: f64,
-    gips_total: f64,
-    /// From the first launch to the last READY.
-    seconds_to_ready: Option<f64>,
-    /// From nothing to machines that can run.
-    seconds_to_open: Option<f64>,
-    bytes_per_vm: u64,
-    /// Least and most of `gips_total`.
-    spread: [f64; 2],
 }
 
-/// What one run of one size gave.
+/// What one boot gave, and what came after it.
 struct Run {
-    backend: &'static str,
-    engine: String,
     open: f64,
     ready: f64,
-    boot_gips: f64,
+    gips: f64,
+    instructions: u64,
     steady_gips: Option<f64>,
     bytes_per_vm: u64,
+    facts: Facts,
+}
+
+/// What one fleet that served gave.
+struct Served {
+    first_answers: f64,
+    outcome: Outcome,
+    bytes_per_vm: u64,
+    facts: Facts,
+}
+
+/// What rows of one case have in common.
+#[derive(Clone)]
+struct Facts {
+    backend: &'static str,
+    engine: String,
     device: String,
     driver: Option<String>,
     registers: Option<u32>,
@@ -72,94 +69,247 @@ struct Run {
 
 /// `emulator bench`.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
-    let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
-    let hash = image.manifest_hash.clone();
-    let boot = machines::boot(image);
+    let peers = args.peers.as_deref().map(peer::read).transpose()?.unwrap_or_default();
+    let rams: Vec<Option<u64>> =
+        if args.ram.is_empty() { vec![None] } else { args.ram.iter().copied().map(Some).collect() };
     let mut document = Document {
-        device: String::new(),
+        device: machines::processor(),
+        host: format!("{}, {} cores", machines::processor(), cores()),
         driver: None,
         commit: args.commit.clone(),
-        image: hash,
+        image: String::new(),
+        instructions_to_ready: None,
         rows: vec![],
     };
-    println!("   VMs  phase   engine      s to open  s to READY     GIPS  MIPS/VM  KiB/VM");
-    for &vms in &args.vms {
-        let mut runs = Vec::new();
-        for _ in 0..args.runs {
-            let run = measure(args, vms, &boot).wrap_err_with(|| format!("{vms} VMs"))?;
-            document.device.clone_from(&run.device);
-            document.driver.clone_from(&run.driver);
-            runs.push(run);
+    println!("{}", table::HEAD);
+    for ram in rams {
+        let image = GuestImage::load(&args.image, ram).into_diagnostic()?;
+        document.image.clone_from(&image.manifest_hash);
+        let boot = machines::boot(image);
+        for case in cases(args, &boot)? {
+            measure_case(args, &case, &mut document)?;
+            write(args, &document)?;
         }
-        for row in rows(args, vms, boot.ram_bytes, &runs) {
-            println!("{}", line(&row));
-            document.rows.push(row);
+    }
+    if !peers.is_empty() {
+        let instructions = match document.instructions_to_ready {
+            Some(instructions) => instructions,
+            None => count_instructions(args)?,
+        };
+        document.instructions_to_ready = Some(instructions);
+        let patience = Duration::from_secs_f64(args.timeout);
+        let mut counts = vec![1, cores()];
+        counts.dedup();
+        for peer in &peers {
+            for &count in &counts {
+                document.add(peer::measure(peer, count, args.runs, instructions, patience)?);
+                write(args, &document)?;
+            }
         }
-        if let Some(path) = &args.json {
-            // After each size: a later one that fails does not take the earlier ones along.
-            write(path, &document)
-                .into_diagnostic()
-                .wrap_err_with(|| format!("--json {}", path.display()))?;
-        }
+    }
+    if document.rows.is_empty() {
+        return Err(miette!("nothing was measured: none of the sizes fits, and there are no peers"));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(args: &BenchArgs, vms: u32, boot: &Arc<BootMemory>) -> Result<Run> {
-    let started = Instant::now();
+fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+/// After each size: a later one that fails does not take the earlier ones along.
+fn write(args: &BenchArgs, document: &Document) -> Result<()> {
+    let Some(path) = &args.json else { return Ok(()) };
+    document.write(path).into_diagnostic().wrap_err_with(|| format!("--json {}", path.display()))
+}
+
+/// Everything to measure with this guest, in order. Sizes that don't fit are told, and left out.
+fn cases(args: &BenchArgs, boot: &Arc<BootMemory>) -> Result<Vec<Case>> {
+    let mut cases = Vec::new();
+    let add = |machine: &MachineArgs, sizes: &[u32], list: &mut Vec<Case>| -> Result<()> {
+        if sizes.is_empty() {
+            return Ok(());
+        }
+        let most = machines::most_vms(machine, boot)?;
+        let mut sizes: Vec<u32> =
+            sizes.iter().map(|size| if *size == MAX_VMS { most } else { *size }).collect();
+        sizes.dedup();
+        for vms in sizes {
+            if vms > most || vms == 0 {
+                eprintln!("{vms} VMs of {} MiB are left out: {most} fit", boot.ram_bytes >> 20);
+                continue;
+            }
+            list.push(Case { machine: machine.clone(), boot: Arc::clone(boot), vms });
+        }
+        Ok(())
+    };
+    let engines = if args.engines.is_empty() { vec![args.machine.engine] } else { args.engines.clone() };
+    let slices = match args.slices.as_slice() {
+        [] => vec![args.machine.gpu_slice],
+        list => list.iter().copied().map(Some).collect(),
+    };
+    // Where there is no GPU, engines and slices say nothing.
+    let no_gpu = || cuda::most_vms(&args.machine.gpus, boot, 0).is_err();
+    let on_cpu = match args.machine.backend {
+        Backend::Cuda => false,
+        Backend::Auto => no_gpu(),
+        Backend::Cpu | Backend::Stub => true,
+    };
+    for &engine in if on_cpu { &[EngineChoice::Auto][..] } else { &engines } {
+        for &gpu_slice in if on_cpu { &slices[..1] } else { &slices } {
+            let machine = MachineArgs { engine, gpu_slice, ..args.machine.clone() };
+            add(&machine, &args.vms, &mut cases)?;
+        }
+    }
+    let machine = MachineArgs { backend: Backend::Cpu, ..args.machine.clone() };
+    add(&machine, &args.cpu_vms, &mut cases)?;
+    Ok(cases)
+}
+
+fn measure_case(args: &BenchArgs, case: &Case, document: &mut Document) -> Result<()> {
+    let mut runs = Vec::new();
+    for _ in 0..args.runs {
+        runs.push(measure(args, case).wrap_err_with(|| format!("{} VMs", case.vms))?);
+    }
+    let of = |get: fn(&Run) -> f64| runs.iter().map(get).collect::<Vec<f64>>();
+    if let Some(first) = runs.first() {
+        if first.facts.backend == "cuda" {
+            document.device.clone_from(&first.facts.device);
+            document.driver.clone_from(&first.facts.driver);
+        }
+        let each: Vec<f64> = runs.iter().map(|run| run.instructions as f64 / f64::from(case.vms)).collect();
+        document.instructions_to_ready = median(&each).map(|instructions| instructions as u64);
+        document.add(Row {
+            seconds_to_ready: median(&of(|run| run.ready)),
+            seconds_to_open: median(&of(|run| run.open)),
+            bytes_per_vm: Some(first.bytes_per_vm),
+            kept_code: first
+                .facts
+                .kept_code
+                .map(|_| runs.iter().all(|run| run.facts.kept_code == Some(true))),
+            ..case.speeds("boot", &first.facts, &of(|run| run.gips))
+        });
+        let steady: Vec<f64> = runs.iter().filter_map(|run| run.steady_gips).collect();
+        if !steady.is_empty() {
+            document.add(Row {
+                bytes_per_vm: Some(first.bytes_per_vm),
+                ..case.speeds("steady", &first.facts, &steady)
+            });
+        }
+    }
+    if args.http > 0.0 {
+        let mut runs = Vec::new();
+        for _ in 0..args.runs {
+            runs.push(serve(args, case).wrap_err_with(|| format!("{} VMs that serve", case.vms))?);
+        }
+        document.add(case.served(&runs));
+    }
+    Ok(())
+}
+
+impl Case {
+    fn row(&self, phase: &'static str, facts: &Facts, runs: usize) -> Row {
+        let on_gpu = facts.backend == "cuda";
+        Row {
+            backend: facts.backend.into(),
+            engine: facts.engine.clone(),
+            phase,
+            vms: self.vms,
+            ram_bytes: self.boot.ram_bytes,
+            threads: (!on_gpu).then(|| machines::threads(&self.machine, self.vms)),
+            slice_ms: self.machine.gpu_slice.filter(|_| on_gpu),
+            registers: facts.registers,
+            kept_code: facts.kept_code,
+            runs: runs as u32,
+            ..Row::default()
+        }
+    }
+
+    fn speeds(&self, phase: &'static str, facts: &Facts, gips: &[f64]) -> Row {
+        Row {
+            mips_per_vm: median(gips).map(|gips| gips * 1000.0 / f64::from(self.vms)),
+            gips_total: median(gips),
+            spread: spread(gips),
+            ..self.row(phase, facts, gips.len())
+        }
+    }
+
+    fn served(&self, runs: &[Served]) -> Row {
+        let of = |get: fn(&Served) -> f64| runs.iter().map(get).collect::<Vec<f64>>();
+        let Some(first) = runs.first() else { return Row::default() };
+        let rates = of(|run| run.outcome.requests_per_second);
+        Row {
+            seconds_to_http: median(&of(|run| run.first_answers)),
+            requests_per_s: median(&rates),
+            requests_failed: Some(runs.iter().map(|run| run.outcome.failed).sum()),
+            p50_ms: median(&of(|run| run.outcome.milliseconds.p50)),
+            p99_ms: median(&of(|run| run.outcome.milliseconds.p99)),
+            bytes_per_vm: Some(first.bytes_per_vm),
+            spread: spread(&rates),
+            ..self.row("http", &first.facts, runs.len())
+        }
+    }
+}
+
+/// A fleet that has been started, what is known of it, and the seconds that opening it took.
+fn open(case: &Case, bridge: Option<&mut UserBridge>, started: Instant) -> Result<(Fleet, Facts, f64)> {
+    let boot = Arc::clone(&case.boot);
     let Opened { machines, choice, notes, device, driver, registers, kept_code } =
-        machines::open(&args.machine, vms, Arc::clone(boot), |text| tracing::warn!("{text}"))?;
+        machines::open(&case.machine, case.vms, boot, |text| tracing::warn!("{text}"))?;
     let open = started.elapsed().as_secs_f64();
     for note in notes.iter().chain((!choice.is_empty()).then_some(&choice)) {
         eprintln!("{}", note.trim_start());
     }
-    let config = FleetConfig {
-        time: TimeMode::Virtual,
-        started,
-        epoch: started,
-        budget: Budget::CORE,
-        bridged: false,
-    };
+    let time = if bridge.is_some() { TimeMode::Real } else { TimeMode::Virtual };
+    let config =
+        FleetConfig { time, started, epoch: started, budget: Budget::CORE, bridged: bridge.is_some() };
     let fleet = Fleet::new(machines, config, None);
-    let began = Instant::now();
+    let facts =
+        Facts { backend: fleet.backend(), engine: fleet.engine(), device, driver, registers, kept_code };
+    if let Some(bridge) = bridge {
+        bridge.start(fleet.links()).into_diagnostic()?;
+    }
     fleet.start().into_diagnostic()?;
+    Ok((fleet, facts, open))
+}
+
+/// Keeps decoded code for the next start.
+fn keep(fleet: &Fleet) {
+    for line in fleet.keep() {
+        tracing::warn!("{line}");
+    }
+}
+
+fn bytes_per_vm(fleet: &Fleet) -> u64 {
+    let memory = fleet.memory();
+    (memory.shared_bytes + memory.private_bytes + memory.overhead_bytes) / u64::from(fleet.vms())
+}
+
+fn measure(args: &BenchArgs, case: &Case) -> Result<Run> {
+    let started = Instant::now();
+    let (fleet, facts, open) = open(case, None, started)?;
+    let began = Duration::from_secs_f64(open);
     let mut seen = 0;
-    while fleet.been_ready() < vms {
+    while fleet.been_ready() < case.vms {
         seen = fleet.wait(seen, TICK);
         if let Some(why) = fleet.fault() {
             return Err(miette!("the machine failed: {why}"));
         }
-        if fleet.downs() > 0 || began.elapsed().as_secs_f64() > args.timeout {
-            return Err(lost(&fleet, began));
+        if fleet.downs() > 0 || (started.elapsed() - began).as_secs_f64() > args.timeout {
+            return Err(lost(&fleet, started));
         }
     }
-    let totals = fleet.totals();
-    let last = (0..vms).filter_map(|vm| fleet.status(vm).ready).map(|ready| ready.after).max();
-    let ready = last.unwrap_or_default().saturating_sub(began.duration_since(started)).as_secs_f64();
+    let readies: Vec<_> = (0..case.vms).filter_map(|vm| fleet.status(vm).ready).collect();
+    let last = readies.iter().map(|ready| ready.after).max();
+    let ready = last.unwrap_or_default().saturating_sub(began).as_secs_f64();
     // Steps are counted at the ends of slices; those to READY are known exactly.
-    let instructions: u64 =
-        (0..vms).filter_map(|vm| fleet.status(vm).ready).map(|ready| ready.instructions).sum();
-    let memory = totals.memory;
-    let bytes = memory.shared_bytes + memory.private_bytes + memory.overhead_bytes;
+    let instructions: u64 = readies.iter().map(|ready| ready.instructions).sum();
+    let bytes_per_vm = bytes_per_vm(&fleet);
     let steady_gips = if args.steady > 0.0 { Some(steady(args, &fleet)?) } else { None };
-    let (backend, engine) = (fleet.backend(), fleet.engine());
     fleet.stop();
-    for line in fleet.keep() {
-        tracing::warn!("{line}");
-    }
-    Ok(Run {
-        backend,
-        engine,
-        open,
-        ready,
-        boot_gips: instructions as f64 / ready.max(1e-9) / 1e9,
-        steady_gips,
-        bytes_per_vm: bytes / u64::from(vms),
-        device,
-        driver,
-        registers,
-        kept_code,
-    })
+    keep(&fleet);
+    let gips = instructions as f64 / ready.max(1e-9) / 1e9;
+    Ok(Run { open, ready, gips, instructions, steady_gips, bytes_per_vm, facts })
 }
 
 /// Billions of instructions a second with every shell busy.
@@ -170,14 +320,44 @@ fn steady(args: &BenchArgs, fleet: &Fleet) -> Result<f64> {
         }
     }
     std::thread::sleep(SETTLE);
-    let (before, began) = (fleet.totals().steps, Instant::now());
+    let (before, began) = (fleet.steps(), Instant::now());
     std::thread::sleep(Duration::from_secs_f64(args.steady));
-    let (after, took) = (fleet.totals().steps, began.elapsed().as_secs_f64());
+    let (after, took) = (fleet.steps(), began.elapsed().as_secs_f64());
     match fleet.fault() {
         Some(why) => Err(miette!("the machine failed: {why}")),
         None if fleet.downs() > 0 => Err(lost(fleet, began)),
         None => Ok((after - before) as f64 / took / 1e9),
     }
+}
+
+/// A fleet that serves: from nothing to the last first answer, then under load.
+fn serve(args: &BenchArgs, case: &Case) -> Result<Served> {
+    let started = Instant::now();
+    let mut bridge = http::bridge(case.vms)?;
+    let (fleet, facts, _) = open(case, Some(&mut bridge), started)?;
+    let first_answers = http::first_answers(&fleet, &bridge, started, args.timeout)?;
+    let outcome = http::load(&bridge, args.http)?;
+    let bytes_per_vm = bytes_per_vm(&fleet);
+    if let Some(why) = fleet.fault() {
+        return Err(miette!("the machine failed: {why}"));
+    }
+    bridge.stop().into_diagnostic()?;
+    fleet.stop();
+    keep(&fleet);
+    if outcome.answered == 0 {
+        let why = outcome.failures.keys().next().cloned().unwrap_or_else(|| "none was asked".into());
+        return Err(miette!("no request was answered: {why}"));
+    }
+    Ok(Served { first_answers, outcome, bytes_per_vm, facts })
+}
+
+/// Instructions to READY of one VM, where no fleet was measured.
+fn count_instructions(args: &BenchArgs) -> Result<u64> {
+    let image = GuestImage::load(&args.image, args.ram.first().copied()).into_diagnostic()?;
+    let machine = MachineArgs { backend: Backend::Cpu, ..args.machine.clone() };
+    let case = Case { machine, boot: machines::boot(image), vms: 1 };
+    let only_boot = BenchArgs { steady: 0.0, ..args.clone() };
+    measure(&only_boot, &case).map(|run| run.instructions)
 }
 
 /// Why not all VMs are ready.
@@ -204,85 +384,4 @@ fn lost(fleet: &Fleet, began: Instant) -> miette::Report {
         }
     }
     miette!("{text}")
-}
-
-fn rows(args: &BenchArgs, vms: u32, ram_bytes: u64, runs: &[Run]) -> Vec<Row> {
-    let Some(first) = runs.first() else { return vec![] };
-    let row = |phase, gips: Vec<f64>| Row {
-        backend: first.backend,
-        engine: first.engine.clone(),
-        registers: first.registers,
-        kept_code: first.kept_code.map(|_| runs.iter().all(|run| run.kept_code == Some(true))),
-        phase,
-        vms,
-        ram_bytes,
-        runs: args.runs,
-        gips_total: median(&gips),
-        mips_per_vm: median(&gips) * 1000.0 / f64::from(vms),
-        seconds_to_ready: None,
-        seconds_to_open: None,
-        bytes_per_vm: first.bytes_per_vm,
-        spread: [
-            gips.iter().copied().fold(f64::INFINITY, f64::min),
-            gips.iter().copied().fold(0.0, f64::max),
-        ],
-    };
-    let of = |get: fn(&Run) -> f64| runs.iter().map(get).collect::<Vec<f64>>();
-    let boot = Row {
-        seconds_to_ready: Some(median(&of(|run| run.ready))),
-        seconds_to_open: Some(median(&of(|run| run.open))),
-        ..row("boot", of(|run| run.boot_gips))
-    };
-    let steady: Vec<f64> = runs.iter().filter_map(|run| run.steady_gips).collect();
-    std::iter::once(boot).chain((!steady.is_empty()).then(|| row("steady", steady))).collect()
-}
-
-/// The middle one, or the mean of the middle two.
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
-    }
-}
-
-fn line(row: &Row) -> String {
-    let seconds = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
-    let engine = format!("{} {}", row.backend, row.engine);
-    format!(
-        "{:6}  {:6}  {engine:10}  {:>9}  {:>10}  {:7.3}  {:7.3}  {:6}",
-        row.vms,
-        row.phase,
-        seconds(row.seconds_to_open),
-        seconds(row.seconds_to_ready),
-        row.gips_total,
-        row.mips_per_vm,
-        row.bytes_per_vm / 1024,
-    )
-}
-
-fn write(path: &std::path::Path, document: &Document) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(std::path::Path::new(".")))?;
-    // Plain numbers, strings and lists always have a JSON form.
-    writeln!(file, "{}", serde_json::to_string_pretty(document).unwrap_or_default())?;
-    #[cfg(unix)]
-    file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
-    file.persist(path)?;
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), 0.0);
-        assert_eq!(median(&[3.0]), 3.0);
-        assert_eq!(median(&[9.0, 1.0, 3.0]), 3.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 9.0]), 3.0);
-    }
 }

@@ -107,7 +107,8 @@ fn open_stub(args: &MachineArgs, vms: u32) -> Result<Opened> {
     })
 }
 
-fn cuda_error(error: cuda::Error) -> Report {
+/// With what to do about it.
+pub fn cuda_error(error: cuda::Error) -> Report {
     let help = match &error {
         cuda::Error::Driver(_) | cuda::Error::NoDevice { .. } | cuda::Error::TooOld { .. } => {
             "Or run on the CPU: --backend cpu, or --backend auto, which takes a GPU if there is one."
@@ -223,13 +224,13 @@ fn epoch_ns(args: &MachineArgs) -> u64 {
 }
 
 /// Threads that run VMs.
-fn threads(args: &MachineArgs, vms: u32) -> u32 {
+pub fn threads(args: &MachineArgs, vms: u32) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     args.threads.unwrap_or(cores).min(vms.max(1))
 }
 
 /// The host processor's name.
-fn processor() -> String {
+pub fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or_else(|| "CPU".to_owned(), |(_, name)| name.trim().to_owned())

@@ -84,6 +84,11 @@ impl Mapping {
     pub fn as_ptr(&self) -> *mut u8 {
         self.at.as_ptr()
     }
+
+    /// Bytes that may be used.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
 }
 
 impl Drop for Mapping {

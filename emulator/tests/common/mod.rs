@@ -7,11 +7,13 @@ pub mod net;
 
 use asm::*;
 use emulator::abi::{EXIT_BUDGET, Hart, Mailbox, Pool, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
-use emulator::backend::cpu::{Config, CpuMachines};
+use emulator::backend::cpu::{Config, CpuMachines, EngineFunction};
+use emulator::backend::cuda::EngineKind;
+use emulator::backend::cuda::mapped::{MappedDevice, MappedMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
@@ -64,21 +66,54 @@ pub enum By {
     Step,
     /// The GPU's engine W, its warp made of fibers.
     Warp,
+    /// An engine of the GPU on a GPU.
+    Cuda(EngineKind),
 }
 
 impl By {
-    /// As the variable MACHINE_ENGINE says: `step`, `warp`, or nothing.
+    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `cuda` or for instance `cuda-l8`, or nothing.
     pub fn environment() -> Self {
         match std::env::var("MACHINE_ENGINE").as_deref() {
+            Err(_) | Ok("") => Self::Threaded,
             Ok("step") => Self::Step,
             Ok("warp") => Self::Warp,
-            _ => Self::Threaded,
+            Ok("cuda") => Self::Cuda(EngineKind::W),
+            Ok(other) => {
+                let kind = EngineKind::ALL
+                    .into_iter()
+                    .find(|kind| other.strip_prefix("cuda-").is_some_and(|name| name == kind.name()));
+                Self::Cuda(kind.unwrap_or_else(|| {
+                    panic!("MACHINE_ENGINE={other}: expected step, warp, cuda or for instance cuda-l8")
+                }))
+            }
+        }
+    }
+    /// Of the engines that are for tests alone, the entry.
+    pub fn function(self) -> Option<EngineFunction> {
+        match self {
+            Self::Threaded | Self::Cuda(_) => None,
+            Self::Step => Some(machine_step_run),
+            Self::Warp => Some(machine_warp_run),
         }
     }
 }
 
+/// The GPU of this process: MACHINE_GPU says which, MACHINE_REGISTERS which of the kernels.
+fn gpu(kind: EngineKind) -> &'static Arc<MappedDevice> {
+    static GPU: OnceLock<Arc<MappedDevice>> = OnceLock::new();
+    GPU.get_or_init(|| {
+        let number = |name| std::env::var(name).ok().map(|text| text.parse::<u32>().expect(name));
+        let environments = std::env::var_os("NVRTC_ENVIRONMENT").map(Into::into);
+        let registers = number("MACHINE_REGISTERS");
+        MappedDevice::open(number("MACHINE_GPU").unwrap_or(0), kind, registers, environments.as_slice())
+            .unwrap_or_else(|error| panic!("MACHINE_ENGINE=cuda: {error}"))
+    })
+}
+
 /// A small fleet under test. Methods without a VM number are about VM 0.
 pub struct Bench {
+    /// The machines' memory on the GPU, once it has run a slice. To be dropped before them.
+    gpu: Option<MappedMachines>,
     pub machines: CpuMachines,
     engine: Box<dyn Engine>,
     /// What runs the slices. Not to be changed after the first one: engines keep decoded code in their own ways.
@@ -113,7 +148,7 @@ impl Bench {
         let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
         machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
-        Self { machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
+        Self { gpu: None, machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
     }
 
     /// On an engine that makes code native after so many jumps; 0: never.
@@ -147,13 +182,16 @@ impl Bench {
     pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
         let request =
             SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
-        // SAFETY: they are built from the same headers; `&mut self` is the only user of the VM.
-        unsafe {
-            match self.by {
-                By::Threaded => (),
-                By::Step => return self.machines.run_on(machine_step_run, vm, &request),
-                By::Warp => return self.machines.run_on(machine_warp_run, vm, &request),
-            }
+        let machines = &self.machines;
+        if let Some(function) = self.by.function() {
+            // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
+            return unsafe { machines.run_on(function, vm, &request) };
+        }
+        if let By::Cuda(kind) = self.by {
+            assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
+            // SAFETY: as above, and it is dropped before the machines.
+            let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu(kind).seat(machines) }.unwrap());
+            return machines.ran(vm, gpu.run(vm, &request).unwrap());
         }
         let mut results = Vec::new();
         self.engine.run(&[Slice { vm, request }], &mut results).unwrap();

@@ -35,6 +35,17 @@ const SEMU_RAM: u64 = 512 << 20;
 const SEMU_DTB: u64 = 1 << 20;
 const SEMU_INITRD: u64 = 8 << 20;
 
+/// Another emulator with a guest of ours, ready to be started.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The emulator.
+    pub program: PathBuf,
+    /// Its arguments; files are named relative to the folder.
+    pub args: Vec<OsString>,
+    /// RAM of the machine.
+    pub ram_bytes: u64,
+}
+
 /// Runs an image elsewhere: on this terminal, or without one until it says READY.
 pub fn run(
     root: &Path,
@@ -44,59 +55,116 @@ pub fn run(
     other: Other,
 ) -> Result<(), Error> {
     let dir = tempfile::tempdir().map_err(|e| Error::io("make a folder in", &std::env::temp_dir(), e))?;
-    let machine = match other {
-        Other::Semu => Machine::Semu,
-        Other::Qemu => Machine::Qemu,
+    let guest = Guest { root, image, profile, manifest };
+    let prepared = match other {
+        Other::Qemu => {
+            let prepared = guest.qemu(None, Some(PORT), dir.path())?;
+            eprintln!("QEMU: http://127.0.0.1:{PORT}/ when it says READY; Ctrl-A X ends it");
+            prepared
+        }
+        Other::Semu => {
+            let prepared = guest.semu(None, dir.path())?;
+            eprintln!("semu: Ctrl-A X ends it");
+            prepared
+        }
     };
-    // Another machine's addresses: a later /init replaces the one before.
-    let path = image.join("initrd.cpio");
-    let mut initrd = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    initrd.extend(cpio::archive(&init::layer_for(profile, machine, None)?, 1 << 20)?);
-    let own = dir.path().join("initrd.cpio");
-    fs::write(&own, &initrd).map_err(|e| Error::write(&own, initrd.len() as u64, e))?;
-    let command = match other {
-        Other::Qemu => qemu(root, image, &own, manifest, dir.path())?,
-        Other::Semu => semu(root, image, &own, initrd.len() as u64, manifest, dir.path())?,
-    };
+    let mut command = Command::new(prepared.program);
+    command.args(prepared.args).current_dir(dir.path());
     match std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
         true => attended(command),
         false => unattended(command),
     }
 }
 
+/// An image, for other machines.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest<'a> {
+    /// The repository.
+    pub root: &'a Path,
+    /// The image's folder.
+    pub image: &'a Path,
+    /// What it was made from.
+    pub profile: &'a Profile,
+    /// What its manifest says.
+    pub manifest: &'a Manifest,
+}
+
 fn missing(program: &str, help: &str) -> Error {
     Error::plain(format!("{program} is not on this machine"), help)
 }
 
-fn qemu(root: &Path, image: &Path, initrd: &Path, manifest: &Manifest, dir: &Path) -> Result<Command, Error> {
-    let program = host::find("qemu-system-riscv32")
-        .ok_or_else(|| missing("qemu-system-riscv32", "Run: sudo apt-get install qemu-system-misc"))?;
-    let firmware = firmware(root, dir)?;
-    // There the kernel lies 4 MiB above the start of RAM, which it cannot use, and the host's share is counted too.
-    let ram = (manifest.layout.ram_bytes >> 20).max(8) + 8;
-    let mut command = Command::new(program);
-    command.args([
-        "-M",
-        "virt",
-        "-cpu",
-        "rv32,c=off,f=off,d=off,sstc=off",
-        "-nographic",
-        "-no-reboot",
-        "-m",
-        &ram.to_string(),
-    ]);
-    command.arg("-bios").arg(firmware).arg("-kernel").arg(image.join("Image")).arg("-initrd").arg(initrd);
-    command.args(["-append", &manifest.bootargs]);
-    let forward =
-        format!("user,id=n,net=10.77.0.0/16,host=10.77.0.1,hostfwd=tcp:127.0.0.1:{PORT}-10.77.0.2:80");
-    command.args(["-netdev", &forward]);
-    command.args(["-device", "virtio-net-device,netdev=n,mac=02:4c:47:00:00:00,bus=virtio-mmio-bus.0"]);
-    eprintln!("QEMU: http://127.0.0.1:{PORT}/ when it says READY; Ctrl-A X ends it");
-    Ok(command)
+impl Guest<'_> {
+    /// Puts kernel and initrd into `dir`; returns the initrd's bytes.
+    fn files(&self, machine: Machine, dir: &Path) -> Result<u64, Error> {
+        let kernel = self.image.join("Image");
+        fs::copy(&kernel, dir.join("Image")).map_err(|e| Error::io("copy", &kernel, e))?;
+        // Another machine's addresses: a later /init replaces the one before.
+        let path = self.image.join("initrd.cpio");
+        let mut initrd = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        initrd.extend(cpio::archive(&init::layer_for(self.profile, machine, None)?, 1 << 20)?);
+        let own = dir.join("initrd.cpio");
+        fs::write(&own, &initrd).map_err(|e| Error::write(&own, initrd.len() as u64, e))?;
+        Ok(initrd.len() as u64)
+    }
+
+    /// For QEMU, whose guest's web server is reached at `port`, if one is given.
+    pub fn qemu(&self, program: Option<PathBuf>, port: Option<u16>, dir: &Path) -> Result<Prepared, Error> {
+        let program = program
+            .or_else(|| host::find("qemu-system-riscv32"))
+            .ok_or_else(|| missing("qemu-system-riscv32", "Run: sudo apt-get install qemu-system-misc"))?;
+        self.files(Machine::Qemu, dir)?;
+        firmware(self.root, dir)?;
+        // There the kernel lies 4 MiB above the start of RAM, which it cannot use, and the host's share is counted too.
+        let ram = (self.manifest.layout.ram_bytes >> 20).max(8) + 8;
+        let words = "-M virt -cpu rv32,c=off,f=off,d=off,sstc=off -nographic -no-reboot -bios firmware.bin \
+                     -kernel Image -initrd initrd.cpio";
+        let mut args: Vec<OsString> = words.split_whitespace().map(Into::into).collect();
+        let forward =
+            port.map(|port| format!(",hostfwd=tcp:127.0.0.1:{port}-10.77.0.2:80")).unwrap_or_default();
+        let net = format!("user,id=n,net=10.77.0.0/16,host=10.77.0.1{forward}");
+        let device = "virtio-net-device,netdev=n,mac=02:4c:47:00:00:00,bus=virtio-mmio-bus.0";
+        args.extend(["-m", &ram.to_string(), "-append", &self.manifest.bootargs].map(Into::into));
+        args.extend(["-netdev", &net, "-device", device].map(Into::into));
+        Ok(Prepared { program, args, ram_bytes: ram << 20 })
+    }
+
+    /// For semu.
+    pub fn semu(&self, program: Option<PathBuf>, dir: &Path) -> Result<Prepared, Error> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = || std::env::split_paths(&path).map(|folder| folder.join("semu")).find(|p| p.is_file());
+        let program = program.or_else(found).ok_or_else(|| {
+            missing(
+                "semu",
+                "Build it from its source (a small RISC-V emulator), and put the program's folder into PATH.",
+            )
+        })?;
+        let bytes = self.files(Machine::Semu, dir)?;
+        if bytes > SEMU_INITRD {
+            return Err(Error::plain(
+                format!("the initrd has {bytes} bytes, and semu takes {SEMU_INITRD} at most"),
+                "Try it with QEMU.",
+            ));
+        }
+        let dtb_address = SEMU_RAM - SEMU_DTB;
+        let layout = Layout {
+            ram_bytes: SEMU_RAM,
+            initrd_address: dtb_address - SEMU_INITRD,
+            initrd_bytes: bytes,
+            dtb_address,
+            ..self.manifest.layout.clone()
+        };
+        let template = dts::template(self.root)?;
+        let text = dts::render(&template, &layout, &self.manifest.bootargs)?;
+        let dtb = dir.join("semu.dtb");
+        let binary = dts::compile(&template, &text)?;
+        fs::write(&dtb, &binary).map_err(|e| Error::write(&dtb, binary.len() as u64, e))?;
+        let args = ["-k", "Image", "-b", "semu.dtb", "-i", "initrd.cpio"].map(Into::into).to_vec();
+        Ok(Prepared { program, args, ram_bytes: SEMU_RAM })
+    }
 }
 
 /// Builds the firmware for QEMU.
-fn firmware(root: &Path, dir: &Path) -> Result<PathBuf, Error> {
+fn firmware(root: &Path, dir: &Path) -> Result<(), Error> {
     let source = root.join("buildroot-external/qemu/firmware.S");
     let (elf, bin) = (dir.join("firmware.elf"), dir.join("firmware.bin"));
     let words = "-march=rv32ima_zicsr -mabi=ilp32 -nostdlib -static -Wl,-melf32lriscv,-Ttext=0x80000000,--build-id=none -o";
@@ -106,7 +174,7 @@ fn firmware(root: &Path, dir: &Path) -> Result<PathBuf, Error> {
         ("riscv64-linux-gnu-gcc", all),
         ("riscv64-linux-gnu-objcopy", {
             let words = ["-O", "binary"].map(OsString::from);
-            words.into_iter().chain([elf.into(), bin.clone().into()]).collect()
+            words.into_iter().chain([elf.into(), bin.into()]).collect()
         }),
     ];
     for (program, words) in steps {
@@ -126,48 +194,7 @@ fn firmware(root: &Path, dir: &Path) -> Result<PathBuf, Error> {
             return Err(failed(String::from_utf8_lossy(&output.stdout).trim().to_owned()));
         }
     }
-    Ok(bin)
-}
-
-fn semu(
-    root: &Path,
-    image: &Path,
-    initrd: &Path,
-    bytes: u64,
-    manifest: &Manifest,
-    dir: &Path,
-) -> Result<Command, Error> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let program = std::env::split_paths(&path).map(|folder| folder.join("semu")).find(|p| p.is_file());
-    let program = program.ok_or_else(|| {
-        missing(
-            "semu",
-            "Build it from its source (a small RISC-V emulator), and put the program's folder into PATH.",
-        )
-    })?;
-    if bytes > SEMU_INITRD {
-        return Err(Error::plain(
-            format!("the initrd has {bytes} bytes, and semu takes {SEMU_INITRD} at most"),
-            "Try it with QEMU.",
-        ));
-    }
-    let dtb_address = SEMU_RAM - SEMU_DTB;
-    let layout = Layout {
-        ram_bytes: SEMU_RAM,
-        initrd_address: dtb_address - SEMU_INITRD,
-        initrd_bytes: bytes,
-        dtb_address,
-        ..manifest.layout.clone()
-    };
-    let template = dts::template(root)?;
-    let text = dts::render(&template, &layout, &manifest.bootargs)?;
-    let dtb = dir.join("semu.dtb");
-    let binary = dts::compile(&template, &text)?;
-    fs::write(&dtb, &binary).map_err(|e| Error::write(&dtb, binary.len() as u64, e))?;
-    let mut command = Command::new(program);
-    command.arg("-k").arg(image.join("Image")).arg("-b").arg(dtb).arg("-i").arg(initrd);
-    eprintln!("semu: Ctrl-A X ends it");
-    Ok(command)
+    Ok(())
 }
 
 fn attended(mut command: Command) -> Result<(), Error> {

@@ -323,6 +323,42 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
+/// Host memory of somebody else's that the device can reach, at the host's own addresses, until this is dropped.
+#[derive(Debug)]
+pub struct Registered {
+    context: Arc<Context>,
+    at: *mut c_void,
+}
+
+impl Registered {
+    /// Gives the device access to `bytes` bytes at `at`.
+    ///
+    /// # Safety
+    /// The memory is mapped there, and stays so while this lives.
+    pub unsafe fn new(context: &Arc<Context>, at: *mut c_void, bytes: usize) -> Result<Self, CallError> {
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        call!(cuMemHostRegister_v2(at, bytes, flags))?;
+        let registered = Self { context: Arc::clone(context), at };
+        let mut device = 0;
+        call!(cuMemHostGetDevicePointer_v2(&mut device, at, 0))?;
+        if device != at as u64 {
+            return Err(CallError {
+                call: "cuMemHostGetDevicePointer",
+                code: sys::CUresult::CUDA_ERROR_NOT_SUPPORTED,
+                reason: "the device does not see host memory at the host's addresses".into(),
+            });
+        }
+        Ok(registered)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let _ = self.context.make_current();
+        let _ = call!(cuMemHostUnregister(self.at));
+    }
+}
+
 /// A queue of work.
 #[derive(Debug)]
 pub struct Stream {
