@@ -1,14 +1,17 @@
 //! The CUDA back end: the machine of `kernels/`, compiled at start for the device at hand. Each VM lives on one device,
 //! with its hart, devices and RAM; the host keeps mailboxes in memory that both reach.
 
+mod choice;
 mod cubin;
 mod device;
 mod driver;
 mod engine;
 mod error;
+mod kept;
 mod pace;
 mod plan;
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -18,7 +21,7 @@ use std::time::Duration;
 
 use super::nvrtc::Compiler;
 use super::{Engine, EngineError, Machines, MemoryUse};
-use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, TRACE_BYTES, Vm};
+use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, Vm};
 use crate::fleet::capacity::size;
 use crate::mailbox::MailboxRef;
 use crate::memory::{BootMemory, SharedFrames};
@@ -28,13 +31,24 @@ use driver::{Context, Driver};
 use engine::CudaEngine;
 use plan::Demand;
 
+pub use choice::{EngineChoice, EngineKind};
 pub use driver::{CallError, OpenError, Resources};
 pub use error::Error;
 
 /// The oldest architecture that the kernels are made for: Turing.
 const OLDEST: (u32, u32) = (7, 5);
-/// How long a launch is to take: the host is seldom needed more often, and a display driver allows 2 s.
-pub const TARGET: Duration = Duration::from_millis(8);
+/// Launch queues, how long a launch is to take, and the VMs per multiprocessor up to which that is the best. The host is
+/// seldom needed more often, and a display driver allows 2 s. With many VMs the host needs longer to look after a queue's
+/// VMs than the GPU for those of another.
+const LAUNCHES: [(u32, u32, Duration); 2] =
+    [(32, 2, Duration::from_millis(8)), (u32::MAX, 4, Duration::from_millis(20))];
+
+/// Launch queues for so many VMs, and how long a launch is to take.
+fn launches(vms: u32, multiprocessors: u32) -> (u32, Duration) {
+    let each = vms.div_ceil(multiprocessors.max(1));
+    let fit = LAUNCHES.iter().find(|(most, ..)| each <= *most).unwrap_or(&LAUNCHES[0]);
+    (fit.1, fit.2)
+}
 
 /// Which devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,14 +94,18 @@ pub struct Config {
     pub epoch_ns: u64,
     /// Seed of the VMs' entropy. `None`: drawn from the host for each VM.
     pub seed: Option<u64>,
-    /// Launch queues of each device.
-    pub engines: u32,
-    /// How long a launch is to take.
-    pub target: Duration,
+    /// How many VMs share a warp.
+    pub engine: EngineChoice,
+    /// Launch queues of each device. `None`: by the fleet's size.
+    pub engines: Option<u32>,
+    /// How long a launch is to take. `None`: by the fleet's size.
+    pub target: Option<Duration>,
     /// Registers of each thread. `None`: by the fleet's size.
     pub registers: Option<u32>,
     /// Warps in each block. `None`: by the fleet's size.
     pub warps_per_block: Option<u32>,
+    /// Use decoded code of earlier starts, and keep it for later ones.
+    pub keep_code: bool,
     /// Environments in which NVRTC may be installed, besides the usual places.
     pub compilers: Vec<PathBuf>,
 }
@@ -133,7 +151,10 @@ fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
 /// VMs that fit on the devices if each may write `written` bytes of its RAM.
 pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Error> {
     let shared = SharedFrames::new(boot)?;
-    let demand = Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count };
+    // Decoded code takes the same room in every engine.
+    let trace_bytes = EngineKind::W.trace_bytes();
+    let demand =
+        Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count, trace_bytes };
     let (_, _, free) = open_devices(gpus)?;
     Ok(free.iter().map(|free| demand.most(*free, written)).sum())
 }
@@ -141,15 +162,26 @@ pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Err
 impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
-        let shared = SharedFrames::new(&config.boot)?;
-        let compiler = Compiler::find(&config.compilers)?;
-        let (driver, contexts, free) = open_devices(&config.gpus)?;
+        let folder = config.keep_code.then(kept::folder).flatten();
+        // Starting the driver takes longer than all the rest.
+        let (opened, (shared, compiler, kept)) = std::thread::scope(|scope| {
+            let opened = scope.spawn(|| open_devices(&config.gpus));
+            let shared = SharedFrames::new(&config.boot);
+            let compiler = Compiler::find(&config.compilers);
+            let kept = folder.map(|folder| (folder, kept::image_hash(&config.boot)));
+            (opened.join(), (shared, compiler, kept))
+        });
+        let shared = shared?;
+        // Who has no driver needs no compiler.
+        let (driver, contexts, free) = opened.map_err(|_| Error::Crashed)??;
+        let compiler = compiler?;
         let cache = cubin::cache_folder();
+        let kept = kept.as_ref().map(|(folder, image)| (folder.as_path(), image.as_str()));
         let devices = contexts
             .into_iter()
             .zip(plan::split(config.vms, &free))
             .map(|(context, range)| {
-                Device::new(context, range, &config, &shared, &compiler, cache.as_deref()).map(Arc::new)
+                Device::new(context, range, &config, &shared, &compiler, cache.as_deref(), kept).map(Arc::new)
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self { devices, config, driver, shared_frames: shared.count, pages: shared.table.len() as u32 })
@@ -176,14 +208,28 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
+                "; engine {}, {} registers, {} bytes of stack; {} for RAM; {} of the host's memory for mailboxes; room for {} \
+                 pages of decoded code",
+                device.kind.name(),
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
+                size(device.mail.count() as u64 * size_of::<Mailbox>() as u64),
                 plan.texts,
             );
+            let loaded = &device.loaded;
+            let _ = match loaded.counts {
+                _ if !self.config.keep_code => write!(line, ", none of it kept from before"),
+                Some((texts, traces)) => write!(
+                    line,
+                    ", of which {texts} with {traces} traces were read from the cache in {:.3} s",
+                    loaded.took.as_secs_f64()
+                ),
+                None => write!(line, ", all of it to be made"),
+            };
             lines.push(line);
             lines.extend(code.cache_trouble.clone());
+            lines.extend(loaded.trouble.clone());
         }
         lines
     }
@@ -195,6 +241,11 @@ impl CudaMachines {
         };
         let least = self.devices.iter().map(each).min()?;
         (least < u64::from(self.pages)).then_some(least * u64::from(FRAME_BYTES))
+    }
+
+    /// Whether the first device began with decoded code of an earlier start.
+    pub fn has_kept_code(&self) -> bool {
+        self.devices.first().is_some_and(|device| device.loaded.counts.is_some())
     }
 
     /// Registers of each thread of the first device's kernel.
@@ -230,16 +281,6 @@ impl CudaMachines {
         let device = &self.devices[at];
         (device, vm - device.range.start)
     }
-
-    fn warps_per_block(&self, device: &Device) -> u32 {
-        // Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that many VMs need larger ones.
-        let each = (device.range.len() as u32).div_ceil(device.context.properties().multiprocessors.max(1));
-        self.config.warps_per_block.unwrap_or(match each {
-            0..=16 => 1,
-            17..=32 => 2,
-            _ => 4,
-        })
-    }
 }
 
 impl Machines for CudaMachines {
@@ -248,7 +289,9 @@ impl Machines for CudaMachines {
     }
 
     fn engine(&self) -> String {
-        "w".into()
+        let mut names: Vec<&str> = self.devices.iter().map(|device| device.kind.name()).collect();
+        names.dedup();
+        names.join("+")
     }
 
     fn vms(&self) -> u32 {
@@ -263,11 +306,12 @@ impl Machines for CudaMachines {
         let mut engines: Vec<Box<dyn Engine>> = Vec::new();
         for (part, device) in self.devices.iter().enumerate() {
             let vms = device.range.len() as u32;
-            let count = self.config.engines.clamp(1, vms.max(1));
+            let (count, target) = launches(vms, device.context.properties().multiprocessors);
+            let count = self.config.engines.unwrap_or(count).clamp(1, vms.max(1));
+            let target = self.config.target.unwrap_or(target);
             for _ in 0..count {
-                let warps = self.warps_per_block(device);
                 let batch = vms.div_ceil(count);
-                let engine = CudaEngine::new(Arc::clone(device), part, batch, warps, self.config.target)
+                let engine = CudaEngine::new(Arc::clone(device), part, batch, target)
                     .map_err(|error| EngineError(format!("no engine on the GPU: {error}")))?;
                 engines.push(Box::new(engine));
             }
@@ -294,10 +338,17 @@ impl Machines for CudaMachines {
             sum.shared_bytes += u64::from(self.shared_frames) * frame;
             sum.private_bytes += frames * frame;
             let code = u64::from(device.plan.texts) * u64::from(TEXT_BYTES)
-                + u64::from(device.plan.traces()) * u64::from(TRACE_BYTES);
+                + u64::from(device.plan.traces) * u64::from(device.kind.trace_bytes());
             sum.overhead_bytes += vms * fixed + code;
         }
         sum
+    }
+
+    fn keep(&self) -> Vec<String> {
+        // Devices of one kind share a file, and their VMs run the same programs: one of them will do.
+        let mut files = BTreeSet::new();
+        let firsts = self.devices.iter().filter(|device| files.insert(device.kept_file()));
+        firsts.filter_map(|device| device.keep_code()).collect()
     }
 
     fn reset(&self, vm: u32) -> Result<(), EngineError> {
@@ -321,6 +372,13 @@ mod tests {
     }
 
     #[test]
+    fn large_fleets_have_more_queues() {
+        let ms = Duration::from_millis;
+        assert_eq!([1, 1024, 4224].map(|vms| launches(vms, 132)), [(2, ms(8)); 3]);
+        assert_eq!([4225, 24_576].map(|vms| launches(vms, 132)), [(4, ms(20)); 2]);
+    }
+
+    #[test]
     fn without_a_driver_the_error_says_what_is_missing() {
         let config = Config {
             boot: Arc::new(BootMemory { ram_bytes: 4096, entry: 0, dtb_address: 0, pieces: vec![] }),
@@ -329,10 +387,12 @@ mod tests {
             private_frames: None,
             epoch_ns: 0,
             seed: Some(1),
-            engines: 2,
-            target: TARGET,
+            engine: EngineChoice::Auto,
+            engines: None,
+            target: None,
             registers: None,
             warps_per_block: None,
+            keep_code: false,
             compilers: vec![],
         };
         // With a driver: there is no such device.
