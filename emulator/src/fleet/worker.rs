@@ -24,6 +24,11 @@ const RESETS: usize = 32;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
+/// Slices of VMs among which some were just woken are so much shorter, on engines that run many at once: 1 ms, not 8.
+const SERVING: u64 = 8;
+/// With as many turns as this they are not, and with half of it half as long.
+const SHORT_TURNS: u64 = 4096;
+
 /// Buffers that a worker keeps from slice to slice.
 struct Scratch {
     output: Vec<u8>,
@@ -63,7 +68,8 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         if turns.is_empty() {
             continue;
         }
-        let (now, advice) = (Instant::now(), engine.budget());
+        let now = Instant::now();
+        let advice = engine.budget().map(|budget| budget / share(&turns));
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let prepared = Instant::now();
         let ran = engine.run(&slices, &mut results);
@@ -93,6 +99,16 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         }
     }
     drop(alarm);
+}
+
+/// What part of an engine's usual slice the turns get. An answer is on its way through several slices of its VM, and each
+/// ends with the slices beside it; but the host needs time for each turn, too.
+fn share(turns: &[Turn]) -> u64 {
+    let boots = turns.iter().any(|turn| turn.class == Class::Boot);
+    if boots || turns.iter().all(|turn| turn.class == Class::Bulk) {
+        return 1;
+    }
+    (SHORT_TURNS / turns.len().max(1) as u64).clamp(1, SERVING)
 }
 
 /// What happens to a VM after its slice.
@@ -336,4 +352,18 @@ impl Shared {
 enum Frames {
     Room,
     Full,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_short_while_a_fleet_serves() {
+        let turns = |class, count: usize| vec![Turn { vm: 0, class, reset: false }; count];
+        assert_eq!([Class::Boot, Class::Bulk, Class::Fresh].map(|class| share(&turns(class, 9))), [1, 1, 8]);
+        let both = |more| [turns(Class::Fresh, 1), turns(more, 511)].concat();
+        assert_eq!([Class::Boot, Class::Bulk].map(|more| share(&both(more))), [1, 8]);
+        assert_eq!([1024, 2048, 4096, 9999].map(|count| share(&turns(Class::Fresh, count))), [4, 2, 1, 1]);
+    }
 }

@@ -21,6 +21,8 @@ const SYN_PAUSE_MAX: Duration = Duration::from_secs(1);
 const DRAIN: Duration = Duration::from_secs(10);
 /// Should TCP want to send at once and then not send, ask again so much later.
 const PATIENCE: Duration = Duration::from_millis(10);
+/// An acknowledgement that waits is due before then, the end of TIME-WAIT is not.
+const ACK_SOON: Duration = Duration::from_secs(1);
 
 /// What a connection needs of the bridge.
 pub struct Env<'a> {
@@ -430,7 +432,7 @@ impl Connection {
         Ok(self.phase == Phase::Draining
             && match state {
                 State::Closed => more.is_none() && !sent.starved,
-                State::TimeWait => !sent.starved,
+                State::TimeWait => !sent.starved && more.is_none_or(|at| at > env.now + ACK_SOON),
                 _ => false,
             })
     }

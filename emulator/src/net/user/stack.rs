@@ -5,7 +5,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -21,6 +21,9 @@ use crate::net::tap::Direction;
 
 /// Ports from here up are used for connections to VMs.
 const FIRST_PORT: u16 = 1024;
+/// How long an acknowledgement waits for data or an end to go with it. Each packet wakes a guest and costs it some
+/// thousand instructions; TCP allows 500 ms, and a second full segment is acknowledged at once.
+const ACK_DELAY: Duration = Duration::from_millis(10);
 /// Packets that one connection may send in a row before others get their turn.
 const BURST: usize = 64;
 
@@ -106,7 +109,7 @@ impl Stack {
         let buffer = || SocketBuffer::new(vec![0; self.window]);
         let mut socket = Socket::new(buffer(), buffer());
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(None);
+        socket.set_ack_delay(Some(ACK_DELAY.into()));
         socket.connect(self.interface.context(), to, from).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
@@ -118,7 +121,7 @@ impl Stack {
         let buffer = || SocketBuffer::new(vec![0; self.window]);
         let mut socket = Socket::new(buffer(), buffer());
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(None);
+        socket.set_ack_delay(Some(ACK_DELAY.into()));
         socket.listen((IpAddress::Ipv4(HOST_IP), port)).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
