@@ -21,12 +21,12 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Image(args) => image::command(&args),
         Command::Run(args) => run::command(&args),
-        Command::Console(args) => run::console(&args),
-        Command::Status(args) => run::status(&args),
-        Command::Load(args) => run::load(args),
-        Command::Pause(args) => run::act("pause", &args),
-        Command::Resume(args) => run::act("resume", &args),
-        Command::Reset(args) => run::act("reset", &args),
+        Command::Console(args) => run::emulator_s("console", args),
+        Command::Status(args) => run::emulator_s("status", args),
+        Command::Load(args) => run::emulator_s("load", args),
+        Command::Pause(args) => run::emulator_s("pause", args),
+        Command::Resume(args) => run::emulator_s("resume", args),
+        Command::Reset(args) => run::emulator_s("reset", args),
         Command::Doctor(args) => doctor::command(&args),
         Command::Test(args) => test::command(&args),
     };

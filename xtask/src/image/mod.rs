@@ -17,6 +17,7 @@ pub mod manifest;
 pub mod overlay;
 pub mod parts;
 pub mod profile;
+pub mod request;
 pub mod step;
 pub mod text;
 pub mod tree;

@@ -14,10 +14,11 @@ use super::super::direct::share::{Shared, ToolchainKey};
 use super::super::direct::store::{Recipe, Store};
 use super::super::error::Error;
 use super::super::manifest::Input;
+use super::super::request::Request;
+use super::Sources;
 use super::config::{Defconfig, Kernel, Toolchain, Wanted};
 use super::release::TreeId;
 use super::route::Inputs;
-use super::{Request, Sources};
 
 /// Raised whenever the builder makes other bytes from the same inputs.
 const VERSION: &str = "1";
@@ -219,7 +220,7 @@ pub fn output(request: &Request) -> PathBuf {
         Toolchain::External => "",
         Toolchain::Internal => "-internal",
     };
-    request.folder().join("out").join(format!("{}{kind}", request.name))
+    request.buildroot().join("out").join(format!("{}{kind}", request.name))
 }
 
 /// What the defconfig is made for.

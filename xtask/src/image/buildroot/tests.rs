@@ -79,9 +79,9 @@ impl Lab {
             options: &self.options,
         };
         let tree = Tree::open(&self.tree(), "a test")?;
-        let store = Store::open(&request.folder())?;
+        let store = Store::open(&request.buildroot())?;
         let mut progress = Progress::new(true);
-        let logs = request.folder().join("logs");
+        let logs = request.buildroot().join("logs");
         let table = machine::Table::new();
         let plan = prepare::settle(&request, &tree, None, &store, &table, &mut progress)?;
         match plan.find(&store)? {
