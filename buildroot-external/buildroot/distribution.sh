@@ -3,7 +3,7 @@
 # package index) can be reached. Fills DIR with a compiler and sources made of Debian's packages, and with defconfigs
 # that use them: DIR is a second BR2_EXTERNAL tree.
 #
-#   sh buildroot-external/support/distribution.sh BUILDROOT /tmp/lg
+#   sh buildroot-external/buildroot/distribution.sh BUILDROOT /tmp/lg
 #   make -C BUILDROOT BR2_EXTERNAL=$PWD/buildroot-external:/tmp/lg O=/tmp/lean lean_defconfig && make -C /tmp/lean
 
 set -eu

@@ -142,8 +142,10 @@ fn report(root: &Path, image: &ImageDir, args: &ImageArgs, options: &Options) ->
     let mut written = Vec::new();
     if let Some(menu) = args.menuconfig {
         written.extend(buildroot::menu::edit(&request, &buildroot::tree(&request)?, menu)?);
-        if written.is_empty() {
-            say("nothing was changed");
+        match written.is_empty() {
+            true => say("nothing was changed"),
+            // The defconfigs for builds by hand are made of the same pieces.
+            false => written.extend(buildroot::write::write(root)?),
         }
     }
     let report = buildroot::report::Report::open(&request)?;
