@@ -108,7 +108,10 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     windows(&mut tally, &root, &tools);
     let has_image = images.is_some_and(|images| {
         let since = Instant::now();
-        let made = images.join().unwrap_or_default();
+        let made = images.join().unwrap_or_else(|_| {
+            tally.fail("the images", "their builder panicked, see above");
+            Vec::new()
+        });
         tally.took("waiting for the images", since);
         let mut lean = false;
         for Made { what, took, result } in made {

@@ -83,7 +83,7 @@ pub fn settle(
             Err(asked) => last = Some(asked),
         }
     }
-    Err(sources::unreachable(&last.unwrap_or_default(), &downloads))
+    Err(sources::unreachable(&last.unwrap_or_default(), &downloads, request.options.toolchain))
 }
 
 /// One kind of sources, tried.
