@@ -85,9 +85,9 @@ pub struct BuildrootChoice {
     pub offline: bool,
 
     /// Where the cross compiler comes from: of the distribution's packages (minutes), or built by Buildroot (the
-    /// better part of an hour).
-    #[arg(long, value_name = "WHICH", value_enum, default_value_t = ToolchainWord::External)]
-    pub toolchain: ToolchainWord,
+    /// better part of an hour) [default: the profile's, else the distribution's where it is Debian].
+    #[arg(long, value_name = "WHICH", value_enum)]
+    pub toolchain: Option<ToolchainWord>,
 
     /// Where sources come from: their own sites, the distribution's source packages, or the first of these that can be
     /// reached.
@@ -96,10 +96,9 @@ pub struct BuildrootChoice {
 }
 
 /// Toolchains on the command line.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ToolchainWord {
     /// The distribution's compiler.
-    #[default]
     External,
     /// Buildroot's own.
     Internal,
@@ -123,10 +122,10 @@ impl From<&BuildrootChoice> for buildroot::Options {
             dir: choice.dir.clone(),
             mirror: choice.mirror.clone(),
             offline: choice.offline,
-            toolchain: match choice.toolchain {
+            toolchain: choice.toolchain.map(|word| match word {
                 ToolchainWord::External => Toolchain::External,
                 ToolchainWord::Internal => Toolchain::Internal,
-            },
+            }),
             sources: match choice.sources {
                 SourcesWord::Auto => Sources::Auto,
                 SourcesWord::Release => Sources::Release,

@@ -23,10 +23,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::direct::Built;
 use super::direct::share::Shared;
 use super::direct::store::Store;
+use super::direct::{Built, host};
 use super::error::Error;
+use super::profile::Profile;
 use super::request::Request;
 use super::step::Progress;
 use super::tree;
@@ -47,21 +48,29 @@ pub struct Options {
     pub mirror: Option<String>,
     /// Ask no network.
     pub offline: bool,
-    /// Where the compiler comes from.
-    pub toolchain: Toolchain,
+    /// Where the compiler comes from, where it was said.
+    pub toolchain: Option<Toolchain>,
     /// Where sources come from.
     pub sources: Sources,
 }
 
 impl Options {
     /// Nothing was said.
-    pub const NONE: Self = Self {
-        dir: None,
-        mirror: None,
-        offline: false,
-        toolchain: Toolchain::External,
-        sources: Sources::Auto,
-    };
+    pub const NONE: Self =
+        Self { dir: None, mirror: None, offline: false, toolchain: None, sources: Sources::Auto };
+
+    /// Where the compiler comes from: of the distribution's packages, if there are any.
+    pub fn toolchain(&self) -> Toolchain {
+        self.toolchain.unwrap_or_else(|| match host::codename() {
+            Ok(_) => Toolchain::External,
+            Err(_) => Toolchain::Internal,
+        })
+    }
+
+    /// The same, with what a profile says where nothing else was said.
+    pub fn or(&self, profile: &Profile) -> Self {
+        Self { toolchain: self.toolchain.or(profile.toolchain), ..self.clone() }
+    }
 }
 
 /// Builds what is missing.
@@ -95,6 +104,7 @@ pub fn build(request: &Request) -> Result<Built, Error> {
         }
     }
 
+    machine::check_space(&folder)?;
     let _lock = store.lock(|| progress.say("waiting for another build that uses the same cache"))?;
     progress.expect(6);
     let table = machine::table(request.repo)?;
@@ -127,7 +137,7 @@ pub fn build(request: &Request) -> Result<Built, Error> {
 
 /// Whether nothing can be done without the distribution's packages.
 fn needs_distribution(request: &Request) -> bool {
-    request.options.toolchain == Toolchain::External || request.options.sources == Sources::Distribution
+    request.options.toolchain() == Toolchain::External || request.options.sources == Sources::Distribution
 }
 
 /// The tree of an image that Buildroot made, for looking into it.

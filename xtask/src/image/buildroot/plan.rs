@@ -67,7 +67,7 @@ impl Plan {
         base.add("builder", VERSION);
         base.add("buildroot", &id.hash);
         base.add("sources", &format!("{sources:?}"));
-        let toolchain: Option<ToolchainKey> = match (request.options.toolchain, shared) {
+        let toolchain: Option<ToolchainKey> = match (request.options.toolchain(), shared) {
             (Toolchain::Internal, _) => None,
             (Toolchain::External, None) => return Ok(None),
             (Toolchain::External, Some(shared)) => match shared.toolchain_key(request.repo)? {
@@ -94,7 +94,7 @@ impl Plan {
             }
             _ => Kernel::Release,
         };
-        let defconfig = Defconfig::new(&wanted(request), request.options.toolchain, &kernel)?;
+        let defconfig = Defconfig::new(&wanted(request), request.options.toolchain(), &kernel)?;
         let base_piece = read(&external.join("buildroot/base.config"))?;
         base.add("base.config", &base_piece);
 
@@ -216,7 +216,7 @@ impl Plan {
 
 /// The output folder of a profile.
 pub fn output(request: &Request) -> PathBuf {
-    let kind = match request.options.toolchain {
+    let kind = match request.options.toolchain() {
         Toolchain::External => "",
         Toolchain::Internal => "-internal",
     };

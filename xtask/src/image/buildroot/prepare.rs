@@ -46,7 +46,7 @@ pub fn install(
 ) -> Result<(), Error> {
     let mut needs = machine::needs(table);
     let mut pip = false;
-    if let (Toolchain::External, Some(shared)) = (request.options.toolchain, shared) {
+    if let (Toolchain::External, Some(shared)) = (request.options.toolchain(), shared) {
         needs = host::needs(&needs);
         pip = shared.may_need_pip(&[Want::Linux, Want::Musl]);
     }
@@ -83,7 +83,7 @@ pub fn settle(
             Err(asked) => last = Some(asked),
         }
     }
-    Err(sources::unreachable(&last.unwrap_or_default(), &downloads, request.options.toolchain))
+    Err(sources::unreachable(&last.unwrap_or_default(), &downloads, request.options.toolchain()))
 }
 
 /// One kind of sources, tried.
@@ -101,7 +101,7 @@ impl Attempt<'_> {
     fn run(&mut self, downloads: &Path) -> Result<Result<Plan, Vec<Asked>>, Error> {
         let request = self.request;
         let logs = request.buildroot().join("logs");
-        let compiler = match request.options.toolchain {
+        let compiler = match request.options.toolchain() {
             Toolchain::External => Some(self.toolchain()?),
             Toolchain::Internal => None,
         };
@@ -139,7 +139,7 @@ impl Attempt<'_> {
         }
         overrides.push_str(&replaced.makefile());
         super::super::cache::write_if_changed(&output.join("lg/override.mk"), overrides.as_bytes())?;
-        let mut defconfig = Defconfig::new(&plan::wanted(request), request.options.toolchain, &kernel)?;
+        let mut defconfig = Defconfig::new(&plan::wanted(request), request.options.toolchain(), &kernel)?;
         defconfig.add(&lines);
         if let Some(compiler) = &compiler {
             defconfig.add_compiler(compiler);

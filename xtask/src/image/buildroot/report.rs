@@ -83,7 +83,7 @@ impl<'a> Report<'a> {
                 Error::plain(format!("{}: {e}", path.display()), "Remove it and build again.")
             })?;
         let distribution = Inputs::read(&output).ok_or_else(gone)?.distribution;
-        let shared = match distribution || request.options.toolchain == Toolchain::External {
+        let shared = match distribution || request.options.toolchain() == Toolchain::External {
             true => Some(Shared::open(request.cache)?),
             false => None,
         };
