@@ -4,18 +4,11 @@
 #include "step.cuh"
 #include "trace.cuh"
 
-#define PAGE_OF(va) ((va) & ~(FRAME_BYTES - 1))
-
-struct WarpPlace {
-    Vm *vm;
-    Pool *pool;
-    Mailbox *mail;
-};
-FN Machine machine_at(const WarpPlace &at) {
+FN Machine machine_at(const VmSlot *slot) {
     Machine m;
-    m.vm = at.vm, m.pool = at.pool, m.mail = at.mail;
-    m.table = (u32 *)(uintptr_t)at.vm->ram.table_ptr;
-    m.frames = (u8 *)(uintptr_t)at.pool->base_ptr;
+    m.vm = slot->vm, m.pool = slot->pool, m.mail = slot->mail;
+    m.table = (u32 *)(uintptr_t)m.vm->ram.table_ptr;
+    m.frames = (u8 *)(uintptr_t)m.pool->base_ptr;
     m.events = 0, m.flush_va = 0, m.flush_frame = 0, m.flush_code = 0;
     return m;
 }
@@ -24,77 +17,67 @@ FN Machine machine_at(const WarpPlace &at) {
 #define MODE_U_KEY 4u
 FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? 12 : 8; }
 
-FN void forget_all() {
-    WarpCache &cache = warp_cache();
-    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32) cache.data[i].tag = 0;
-    for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) cache.fetch[i].tag = 0;
+FN void forget_fetches(VmSlot *slot) {
+    for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) slot->fetch[i].tag = 0;
     warp_sync();
 }
-FN void forget_fetches() {
-    for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) warp_cache().fetch[i].tag = 0;
-    warp_sync();
+FN void forget_all(VmSlot *slot) {
+    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32) slot->data[i].tag = 0;
+    forget_fetches(slot);
+}
+FN void forget_data_of(VmSlot *slot, u32 frame) {
+    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32)
+        if (slot->data[i].frame == frame) slot->data[i].tag = 0;
 }
 // Forgets what the events of lane 0 say; what is left of them. All lanes.
-FN u32 forget(const Machine &m) {
+FN u32 forget(VmSlot *slot, const Machine &m) {
     u32 events = warp_shuffle(m.events, 0);
     if (!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME))) return events;
     if (events & EV_FLUSH) {
-        forget_all();
+        forget_all(slot);
     } else {
-        WarpCache &cache = warp_cache();
         u32 lane = warp_lane();
         if (events & EV_FLUSH_PAGE) { // a large page may sit in several entries: its 4 MiB in all of them
             u32 va = warp_shuffle(m.flush_va, 0) >> 22;
             for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-                if (cache.data[i].tag >> 22 == va) cache.data[i].tag = 0;
+                if (slot->data[i].tag >> 22 == va) slot->data[i].tag = 0;
             for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
-                if (cache.fetch[i].tag >> 22 == va) cache.fetch[i].tag = 0;
+                if (slot->fetch[i].tag >> 22 == va) slot->fetch[i].tag = 0;
         }
         if (events & EV_FLUSH_FRAME) {
-            u32 frame = warp_shuffle(m.flush_frame, 0);
-            for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-                if (cache.data[i].frame == frame) cache.data[i].tag = 0;
-            if (warp_shuffle(m.flush_code, 0)) {
-                forget_fetches();
-            }
+            forget_data_of(slot, warp_shuffle(m.flush_frame, 0));
+            if (warp_shuffle(m.flush_code, 0)) forget_fetches(slot);
         }
         warp_sync();
     }
     return events & ~(EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME);
 }
 
-FN void warp_save(Vm *vm, u32 x, u32 pc, u64 steps) {
-    vm->hart.x[warp_lane()] = x;
-    if (warp_lane() == 0) vm->hart.pc = pc, vm->hart.steps = steps;
+// Registers, between the lanes' loop and what runs on the state in memory.
+FN void warp_save(VmSlot *slot) {
+    slot->vm->hart.x[warp_lane()] = read_through(&slot->x[warp_lane()]);
     warp_sync();
 }
-// What a lane holds between instructions, read before any lane goes on to change it.
-struct WarpHart {
-    u32 x, pc, mode;
-    u64 steps;
-};
-FN WarpHart warp_load(Vm *vm) {
-    WarpHart w;
+FN void warp_load(VmSlot *slot) {
+    u32 lane = warp_lane();
+    slot->x[lane] = lane == 0 ? 0 : read_through(&slot->vm->hart.x[lane]);
     warp_sync();
-    w.x = warp_lane() == 0 ? 0 : read_through(&vm->hart.x[warp_lane()]);
-    w.pc = read_through(&vm->hart.pc), w.mode = mode_key(vm->hart);
-    w.steps = *(volatile u64 *)&vm->hart.steps;
-    warp_sync();
-    return w;
 }
 
-// One instruction through memory, by lane 0. The registers are in hart.x before and after.
-SLOW u32 warp_step(WarpPlace at, u32 insn) {
-    Machine m = machine_at(at);
-    if (warp_lane() == 0) step(m, decode(insn, at.vm->hart.pc % FRAME_BYTES));
+// One instruction through memory, by lane 0.
+SLOW u32 warp_step(VmSlot *slot, u32 insn) {
+    Machine m = machine_at(slot);
+    warp_save(slot);
+    if (warp_lane() == 0) step(m, decode(insn, slot->vm->hart.pc % FRAME_BYTES));
     warp_sync();
-    return forget(m);
+    warp_load(slot);
+    return forget(slot, m);
 }
 
 // Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has
 // changed.
-SLOW bool warp_own(WarpPlace at, u32 page, u32 old) {
-    Machine m = machine_at(at);
+SLOW bool warp_own(VmSlot *slot, u32 page, u32 old) {
+    Machine m = machine_at(slot);
     u32 lane = warp_lane(), frame = NO_FRAME;
     if (lane == 0) frame = frame_take(m);
     frame = warp_shuffle(frame, 0);
@@ -108,57 +91,57 @@ SLOW bool warp_own(WarpPlace at, u32 page, u32 old) {
     for (u32 i = 0; i < 8; i++) to[lane + 32 * i] = pieces[i];
     if (lane == 0) {
         m.table[page] = frame | FRAME_PRIVATE;
-        at.vm->ram.private_frames++;
+        m.vm->ram.private_frames++;
         forget_frame(m, old, code_of(m)[old]);
     }
     warp_sync();
-    forget(m);
+    forget(slot, m);
     return true;
 }
 
 // Translates for a load or store, and notes it in the cache. False: leave it to warp_step.
-SLOW bool warp_fill(WarpPlace at, u32 va, bool store, u32 pc, u64 steps) {
-    Machine m = machine_at(at);
-    Hart &h = at.vm->hart;
+SLOW bool warp_fill(VmSlot *slot, u32 va, bool store) {
+    Machine m = machine_at(slot);
     u32 lane = warp_lane(), page = NO_FRAME, dirty = 0;
     if (lane == 0) {
-        h.pc = pc, h.steps = steps;
         Walk walk = translate(m, va, store ? ACCESS_STORE : ACCESS_LOAD);
-        if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < at.vm->ram.pages)
+        if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < m.vm->ram.pages)
             page = (u32)walk.pa / FRAME_BYTES, dirty = store || walk.is_dirty;
     }
     warp_sync();
-    forget(m); // a page table may have moved
+    forget(slot, m); // a page table may have moved
     page = warp_shuffle(page, 0), dirty = warp_shuffle(dirty, 0);
     if (page == NO_FRAME) return false;
     u32 entry = warp_shuffle(read_through(&m.table[page]), 0);
     if (store && !(entry & FRAME_PRIVATE)) {
-        if (!warp_own(at, page, entry & FRAME_MASK)) return false;
+        if (!warp_own(slot, page, entry & FRAME_MASK)) return false;
         entry = warp_shuffle(read_through(&m.table[page]), 0);
     }
     u32 frame = entry & FRAME_MASK;
     bool direct = dirty && (entry & FRAME_PRIVATE) && !warp_shuffle(read_through(&code_of(m)[frame]), 0);
     if (store && !direct) return false;
-    DataEntry &slot = warp_cache().data[va / FRAME_BYTES % DATA_ENTRIES];
-    if (lane == 0) slot.tag = PAGE_OF(va) | mode_key(h) | (direct ? TAG_WRITABLE : 0), slot.frame = frame;
+    DataEntry &entry_there = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    if (lane == 0) {
+        entry_there.tag = PAGE_OF(va) | mode_key(m.vm->hart) | (direct ? TAG_WRITABLE : 0);
+        entry_there.frame = frame;
+    }
     warp_sync();
     return true;
 }
 
-// The text of pc. NO_TEXT: an exception came up, and hart.pc leads on; or an event; or there is no room for
-// another text, and one instruction has been executed without.
-struct WarpText {
-    u32 text, events;
+// Notes the text of pc. False: there is none, and the events say what has happened: an exception came up, and
+// hart.pc leads on; or there is no room for another text, and one instruction has been executed without.
+struct WarpFetch {
+    u32 found, events;
 };
-SLOW WarpText warp_fetch(WarpPlace at, u32 pc, u64 steps) {
-    Machine m = machine_at(at);
-    Hart &h = at.vm->hart;
-    u32 lane = warp_lane(), frame = NO_FRAME;
-    WarpText out;
-    if (lane == 0) {
-        h.pc = pc, h.steps = steps;
+SLOW WarpFetch warp_fetch(VmSlot *slot, u32 pc) {
+    Machine m = machine_at(slot);
+    Hart &h = m.vm->hart;
+    u32 frame = NO_FRAME;
+    WarpFetch out;
+    if (warp_lane() == 0) {
         Walk walk = translate(m, pc, ACCESS_FETCH);
-        if (!walk.cause && ((walk.pa >> 32) || walk.pa / FRAME_BYTES >= at.vm->ram.pages))
+        if (!walk.cause && ((walk.pa >> 32) || walk.pa / FRAME_BYTES >= m.vm->ram.pages))
             walk.cause = CAUSE_FETCH_ACCESS;
         if (walk.cause) {
             memory_fault(m, walk.cause, pc);
@@ -169,34 +152,31 @@ SLOW WarpText warp_fetch(WarpPlace at, u32 pc, u64 steps) {
         }
     }
     warp_sync();
-    out.events = forget(m), out.text = NO_TEXT;
+    out.events = forget(slot, m), out.found = 0;
     frame = warp_shuffle(frame, 0);
     if (frame == NO_FRAME) return out;
-    out.text = text_find(at.pool, at.vm, frame);
-    if (out.text == NO_TEXT) {
+    u32 text = text_find(m.pool, m.vm, frame);
+    if (text == NO_TEXT) {
         const u32 *words = (const u32 *)frame_at(m, frame);
-        out.events |= warp_step(at, words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
+        out.events |= warp_step(slot, words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
         return out;
     }
-    // Stores to the frame must no longer go there directly.
-    WarpCache &cache = warp_cache();
-    for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-        if (cache.data[i].frame == frame) cache.data[i].tag = 0;
-    FetchEntry &slot = cache.fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+    forget_data_of(slot, frame); // stores to it must no longer go there directly
+    FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
     warp_sync();
-    if (lane == 0) slot.tag = PAGE_OF(pc) | mode_key(h), slot.text = out.text;
+    if (warp_lane() == 0) entry.tag = PAGE_OF(pc) | mode_key(h), entry.text = text;
     warp_sync();
+    out.found = 1;
     return out;
 }
 
 // The integer operations that are not simple. Out of the round's way, and apart from each other.
-FN u32 lane_other(u32 detail, u32 page, u32 a, u32 b) {
+FN u32 lane_other(u32 detail, u32 a, u32 b) {
     u32 fill = detail == A_SRA ? (u32)((i32)a >> 31) : 0;
     u32 shift = detail == A_SLL ? a << (b & 31) : funnel_right(a, fill, b);
     u32 bias = detail == A_SLT ? 0x80000000u : 0;
     u32 less = (a ^ bias) < (b ^ bias);
     u32 value = detail <= A_SLTU ? less : detail == A_MUL ? a * b : shift;
-    if (detail == A_PAGE) value = page + b;
     if (LIKELY(detail <= A_MUL)) return value;
     switch (detail) {
     case A_MULH: return alu<OP_MULH>(a, b);
@@ -229,138 +209,303 @@ FN bool lane_leaves(u32 op, u32 a, u32 b) {
 // Classes whose target is in the immediate.
 #define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
 
-// Why the lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
-enum Leave : u32 { LEAVE_LIMIT, LEAVE_FETCH, LEAVE_TRACE, LEAVE_STEP, LEAVE_FILL };
+// Why a VM's lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+enum Leave : u32 {
+    LEAVE_NOT,
+    LEAVE_START,
+    LEAVE_LIMIT,
+    LEAVE_FETCH,
+    LEAVE_TRACE,
+    LEAVE_STEP,
+    LEAVE_FILL,
+    LEAVE_LEARN
+};
 
 // The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up:
 // AMOs on pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
-struct WarpQuick {
-    bool done;
-    u32 value;
-};
-SLOW WarpQuick warp_quick(WarpPlace at, u32 insn, u32 a, u32 b, u32 mode) {
-    Hart &h = at.vm->hart;
-    WarpQuick q;
-    q.done = false, q.value = 0;
-    u32 f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
+FN bool warp_quick(VmSlot *slot, u32 insn, u32 mode) {
+    Hart &h = slot->vm->hart;
+    u32 f3 = insn >> 12 & 7, rd = insn >> 7 & 31, rs1 = insn >> 15 & 31, value = 0;
+    u32 a = read_through(&slot->x[rs1]), b = read_through(&slot->x[insn >> 20 & 31]);
     if ((insn & 0x7f) == 0x2f) {
         Uop u = decode(insn, 0);
-        if (u.op < OP_AMOSWAP || u.op > OP_AMOMAXU || a & 3) return q;
-        DataEntry entry = cached_data(cache_place(), a);
-        if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return q;
-        u64 host = at.pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
-        q.value = load_word(host);
+        if (u.op < OP_AMOSWAP || u.op > OP_AMOMAXU || a & 3) return false;
+        DataEntry entry = cached_data(slot_place(slot), a);
+        if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return false;
+        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        value = load_word(host);
         warp_sync();
-        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, q.value, b);
-        warp_sync();
-        q.done = true;
-        return q;
+        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, value, b);
+    } else {
+        if ((insn & 0x7f) != 0x73 || !(f3 & 3) || mode == MODE_U_KEY) return false;
+        u32 number = insn >> 20, *field = 0;
+        if (number == CSR_SSTATUS) field = &h.sstatus;
+        if (number == CSR_SSCRATCH) field = &h.sscratch;
+        if (number == CSR_SEPC) field = &h.sepc;
+        if (number == CSR_SCAUSE) field = &h.scause;
+        if (number == CSR_STVAL) field = &h.stval;
+        if (!field) return false;
+        value = read_through(field);
+        u32 operand = f3 & 4 ? rs1 : a;
+        warp_sync(); // all have read it
+        u32 next = (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? value | operand : value & ~operand;
+        if ((f3 & 3) != 1 && rs1 == 0) next = value; // only read
+        if (number == CSR_SSTATUS) {
+            next &= SSTATUS_MASK;
+            u32 changed = value ^ next;
+            if (changed & (SSTATUS_SUM | SSTATUS_MXR) || changed & next & SSTATUS_SIE) return false;
+        }
+        if (number == CSR_SEPC) next &= ~3u;
+        if (warp_lane() == 0) *field = next;
     }
-    if ((insn & 0x7f) != 0x73 || !(f3 & 3) || mode == MODE_U_KEY) return q;
-    u32 number = insn >> 20, *field = 0;
-    if (number == CSR_SSTATUS) field = &h.sstatus;
-    if (number == CSR_SSCRATCH) field = &h.sscratch;
-    if (number == CSR_SEPC) field = &h.sepc;
-    if (number == CSR_SCAUSE) field = &h.scause;
-    if (number == CSR_STVAL) field = &h.stval;
-    if (!field) return q;
-    u32 old = read_through(field), operand = f3 & 4 ? rs1 : a;
-    warp_sync(); // all have read it
-    u32 value = (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? old | operand : old & ~operand;
-    if ((f3 & 3) != 1 && rs1 == 0) value = old; // only read
-    if (number == CSR_SSTATUS) {
-        value &= SSTATUS_MASK;
-        u32 changed = old ^ value;
-        if (changed & (SSTATUS_SUM | SSTATUS_MXR) || changed & value & SSTATUS_SIE) return q;
-    }
-    if (number == CSR_SEPC) value &= ~3u;
-    if (warp_lane() == 0) *field = value;
+    if (warp_lane() == rd && rd) slot->x[rd] = value;
     warp_sync();
-    q.done = true, q.value = old;
-    return q;
+    return true;
 }
 
-// Runs until steps reach `limit` or an event comes up, which it returns; hart.pc, hart.steps and hart.x are
-// then true.
-FN u32 warp_run(WarpPlace place, u64 limit) {
-    Vm *vm = place.vm;
-    const u64 frames = place.pool->base_ptr, texts = place.pool->text_ptr, traces = place.pool->trace_ptr;
-    const CachePlace cache = cache_place();
+// What a VM's lanes leave behind, and what they go on with.
+struct LaneState {
+    u32 leave, pc, left, mode;
+    // LEAVE_FILL: address, and whether it is a store. LEAVE_LEARN: text and word of the branch; which way it
+    // went, or LEARN_PAGE, and four times the trace; where that started.
+    u32 where, which, start;
+};
+
+// In `which`: not a branch, but a page that was not at hand when the trace was made.
+#define LEARN_PAGE 2u
+// Every seventh trace is looked at.
+#define LEARN_STEP 0x2545F491u
+
+// A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
+// going another way. What changes often is believed more and more seldom.
+SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
+    FetchEntry fetch = slot->fetch[s.start / FRAME_BYTES % FETCH_ENTRIES];
+    FetchEntry there = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
+    bool branch = !(s.which & LEARN_PAGE);
+    bool useful = fetch.tag == (PAGE_OF(s.start) | s.mode) && (branch || there.tag == (PAGE_OF(s.pc) | s.mode));
+    if (warp_lane() == 0 && useful) {
+        u8 *hint = &text_at(slot->pool, s.where / TEXT_WORDS)->hints[s.where % TEXT_WORDS];
+        u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE, way = (s.which & 1) | HINT_KNOWN;
+        bool agrees = branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
+        if (agrees || !(chance & ((1u << changes) - 1))) {
+            if (!agrees) {
+                if (changes < HINT_CHANGES_MAX) changes++;
+                *hint = (u8)((branch ? way : seen & (HINT_KNOWN | HINT_TAKEN)) | changes * HINT_CHANGE);
+            }
+            u32 *index = &text_at(slot->pool, fetch.text)->index[s.start / 4 % TEXT_WORDS];
+            atomic_compare_swap(index, (s.which >> 2) + 1, 0);
+        }
+    }
+    warp_sync();
+}
+
+SLOW u32 warp_begin(VmSlot *slot) {
+    Machine m = machine_at(slot);
+    if (warp_lane() == 0) slice_begin(m, *slot->request);
+    warp_sync();
+    forget_all(slot);
+    warp_load(slot);
+    return warp_shuffle(m.events, 0) & (EV_CHECK | EV_EXIT);
+}
+
+// Interrupts, idling and the next deadline. False: the slice is over.
+SLOW bool warp_turn(VmSlot *slot, u32 events) {
+    Machine m = machine_at(slot);
+    u32 turn = TURN_RUN;
+    if (warp_lane() == 0) {
+        m.events = events & (EV_EXIT | EV_CHECK);
+        turn = take_turn(m, slot->end);
+        if (turn == TURN_RUN) {
+            slot->limit = next_deadline(m, slot->end);
+        } else {
+            slice_end(m, slot->before, *slot->result);
+            const Pool *pool = slot->pool;
+            slot->result->code_full = read_through(&pool->trace_count) >= pool->trace_capacity ||
+                                      read_through(&pool->text_count) >= pool->text_capacity;
+        }
+    }
+    turn = warp_shuffle(turn, 0);
+    if (turn != TURN_RUN) warp_save(slot);
+    return turn == TURN_RUN;
+}
+
+// Does what the lanes of one VM have left their loop for; all lanes of the warp. They go on there, or the
+// slice is over (LEAVE_NOT).
+SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
+    Hart &h = slot->vm->hart;
+    u32 lane = warp_lane(), events = 0, insn = 0;
+    warp_sync();
+    u64 limit = slot->limit, steps = limit - s.left;
+    switch (s.leave) {
+    case LEAVE_START: events = warp_begin(slot) | EV_CHECK; break;
+    case LEAVE_LEARN: warp_learn(slot, s, chance); return s;
+    default:
+        if (lane == 0) h.pc = s.pc, h.steps = steps;
+        warp_sync();
+        if (s.leave == LEAVE_LIMIT) break;
+        FetchEntry fetch = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
+        if (s.leave == LEAVE_FETCH || fetch.tag != (PAGE_OF(s.pc) | s.mode)) {
+            WarpFetch found = warp_fetch(slot, s.pc);
+            if (found.found && !found.events) return s;
+            events = found.events;
+            break;
+        }
+        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode) != BUSY) return s;
+        if (s.leave == LEAVE_FILL && warp_fill(slot, s.where, s.which)) return s;
+        insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
+        if (s.leave == LEAVE_STEP && warp_quick(slot, insn, s.mode)) {
+            s.pc += 4, s.left--;
+            if (s.left) return s;
+            if (lane == 0) h.pc = s.pc, h.steps = limit;
+            warp_sync();
+            break;
+        }
+        events = warp_step(slot, insn);
+    }
+    warp_sync();
+    u64 now = *(volatile u64 *)&h.steps;
+    bool turns = now >= limit || (events & (EV_EXIT | EV_CHECK));
+    if (turns || s.leave == LEAVE_START) {
+        if (!warp_turn(slot, events)) {
+            s.leave = LEAVE_NOT, s.left = 0;
+            return s;
+        }
+    }
+    warp_sync();
+    s.left = (u32)(*(volatile u64 *)&slot->limit - now); // slices are far shorter than 2^32
+    s.pc = read_through(&h.pc), s.mode = mode_key(h);
+    warp_sync();
+    return s;
+}
+
+// Prepares a slot; `vm` is null if there is no VM for it.
+FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
+                  SliceResult *result) {
+    slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->request = request, slot->result = result;
+    slot->x[0] = slot->x[PAGE_SLOT] = 0;
+    if (!vm) return;
+    u64 most = 1ull << 31, budget = request->budget;
+    slot->before = slot->limit = vm->hart.steps;
+    slot->end = slot->before + (budget < most ? budget : most);
+}
+
+// Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
+FN void warp_slices(VmSlot *slots, const Pool *pool) {
+    const u64 frames = pool->base_ptr, texts = pool->text_ptr, traces = pool->trace_ptr;
     u32 lane = warp_lane();
     forget_origin(lane);
-    WarpHart hart = warp_load(vm);
-    u32 x = hart.x, pc = hart.pc, mode = hart.mode;
-    u32 left = (u32)(limit - hart.steps); // slices are far shorter than 2^32
+    const u32 member = lane % VM_LANES;
+    VmSlot *own = slots + lane / VM_LANES;
+    const SlotPlace slot = slot_place(own);
+    u32 pc = 0, left = 0, mode = 0, next = 1;
+    u32 tick = slots->vm->number * 0x9E3779B9u; // so that not all learn at the same time
+    u32 leave = own->vm ? LEAVE_START : LEAVE_NOT, where = 0, which = 0, start = 0;
+    bool over = !own->vm;
     for (;;) {
-        u32 leave = LEAVE_FETCH, text = 0, miss_va = 0, miss_store = 0;
-        u64 index = 0; // of the text: where its traces are
-        for (u32 page = ~0u, next = 0;;) {
-            u32 trace = next - 1;
+        // What the lanes of each VM have left the loop for, one VM after the other.
+        for (u32 waiting = warp_ballot(leave != LEAVE_NOT); waiting;) {
+            u32 first = VM_LANES == 32 ? 0 : first_of(waiting);
+            LaneState s;
+            s.leave = warp_shuffle(leave, first), s.pc = warp_shuffle(pc, first);
+            s.left = warp_shuffle(left, first), s.mode = warp_shuffle(mode, first);
+            s.where = warp_shuffle(where, first), s.which = warp_shuffle(which, first);
+            s.start = warp_shuffle(start, first);
+            u32 number = first / VM_LANES;
+            s = warp_serve(slots + number, s, tick >> 8);
+            if (VM_LANES == 32 || lane / VM_LANES == number) {
+                pc = s.pc, left = s.left, mode = s.mode;
+                over = s.leave == LEAVE_NOT;
+                leave = LEAVE_NOT, next = over ? 1 : 0;
+            }
+            waiting = VM_LANES == 32 ? 0 : waiting & ~(VM_LANES_MASK << number * VM_LANES);
+        }
+        if (warp_ballot(!over) == 0) break;
+        for (;;) {
+            u32 trace = next - 1, page = PAGE_OF(pc);
             if (next == 0) {
-                if (PAGE_OF(pc) != page) {
-                    page = PAGE_OF(pc);
-                    FetchEntry fetch = cached_fetch(cache, pc);
-                    text = fetch.text;
-                    if (UNLIKELY(fetch.tag != (page | mode))) break;
-                    index = texts + (u64)text * TEXT_BYTES + FRAME_BYTES;
-                }
+                FetchEntry fetch = cached_fetch(slot, pc);
+                bool here = fetch.tag == (page | mode);
+                u64 index = texts + (u64)(here ? fetch.text : 0) * TEXT_BYTES + FRAME_BYTES;
                 trace = load_word(index + pc % FRAME_BYTES) - 1;
                 // Another warp may just have made it, and lanes could see it before and after.
-                if (UNLIKELY(warp_ballot(trace >= BUSY - 1))) {
-                    leave = LEAVE_TRACE;
+                if (trace >= BUSY - 1) leave = LEAVE_TRACE;
+                if (!here) leave = LEAVE_FETCH;
+                if (VM_LANES == 32 && UNLIKELY(warp_ballot(leave != LEAVE_NOT))) {
+                    leave = warp_max(leave);
                     break;
                 }
             }
-            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * TRACE_LANES + lane];
-            u32 op = t.op, place_bits = t.place;
-            u32 a = warp_shuffle(x, op >> 8), b = warp_shuffle(x, op >> 16);
-            // The trace that follows if it is left at this lane, where the page itself says so.
-            bool leads = LEADS_ON >> (op & 7) & 1 && t.imm < FRAME_BYTES;
-            u32 follows = load_word(index + (leads ? t.imm & ~3u : 0));
-            const u32 levels = warp_or(place_bits & 0x7fffe000); // masks of levels: uniform
-            u32 last = warp_max(op >> 28 & 7);
+            if (VM_LANES < 32) {
+                leave = group_shuffle(leave, 0), trace = group_shuffle(trace, 0);
+                if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
+            }
+            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * VM_LANES + member];
+            u32 op = t.op, more = t.more;
+            slot_write_if(member == 0, slot, PAGE_SLOT, page);
+            warp_sync();
+            u32 a = slot_read(slot, op >> 8), b = slot_read(slot, op >> 16);
+            u32 here = page + t.at, lane_page = PAGE_OF(here); // how the trace ends, if it is left here
+            // The trace that follows if it is left at this lane, where the lane's page itself says so.
+            bool ends = VM_LANES < 32 && (here & 3) == END_BEHIND; // the last lane of all
+            u32 onward = ends ? (here & (FRAME_BYTES - 4)) + 4 : t.imm;
+            bool leads = (ends || LEADS_ON >> (op & 7) & 1) && onward < FRAME_BYTES;
+            u64 index = texts + (u64)(more & 0xffff) * TEXT_BYTES + FRAME_BYTES;
+            u32 follows = load_word(index + (leads ? onward & ~3u : 0));
+            // What each level has to do: uniform.
+            const u32 levels = warp_or(1u << (more >> 27) | (more >> 16 & 1) << 31);
+            u32 last = last_of((levels | levels >> 8 | levels >> 16 | (levels >> 24 & 0x7f)) & 0xff);
+            // Lanes at which the trace is left for certain, and those among them whose instruction has not
+            // happened.
+            u32 stopped = bit_or_none(left), leaving = 0;
+            if (levels >> 31) { // in part on other pages: are they still there?
+                FetchEntry fetch = cached_fetch(slot, here);
+                bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == (more & 0xffff));
+                bool gone = (more >> 16 & 1) & !same;
+                stopped |= group_ballot(gone);
+                if (gone) here &= ~3u;
+            }
             const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
             const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
             const u32 sums = byte_sign<3>(op);
-            u32 here = page + (place_bits & 0x1fff); // how the trace ends, if it is left here
-            u32 value = here + 4;                    // of jumps: the link
-            // Lanes at which the trace is left for certain, and those among them whose instruction has not
-            // happened.
-            u32 stopped = bit_or_none(left), leaving;
+            u32 value = (here & ~3u) + 4; // of jumps: the link
             for (u32 round = 0;; round++) {
                 forget_origin(op);
-                forget_origin(place_bits);
                 u32 operand = b + addend;
                 u32 result =
                     ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
                 bool simple = (op & 0x0f000007) == T_ALU;
-                if (levels >> 13 >> round & 1) {
-                    if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, page, a, operand);
+                if (levels >> MARK_OTHER >> round & 1) {
+                    if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, a, operand);
                 }
                 if (simple) value = result;
-                if (levels >> 19 >> round & 1) {
-                    leaving = stopped | warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
+                if ((levels | levels >> MARK_STORE) >> round & 1) {
+                    u32 decided = warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
+                    if (VM_LANES < 32) decided = decided >> (lane - member) & VM_LANES_MASK;
+                    leaving = stopped | decided;
                     u32 va = a + t.imm;
                     u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
-                    DataEntry entry = cached_data(cache, va);
+                    DataEntry entry = cached_data(slot, va);
                     bool stores = (op & 7) == T_STORE;
                     u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
                     bool mine = (((op & 7) == T_LOAD) | stores) & ((op >> 28 & 7) == round);
                     bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
-                    u32 missing = warp_ballot(mine & !ok) & lanes_before(leaving);
-                    if (UNLIKELY(missing)) {
+                    u32 missing = group_ballot(mine & !ok) & lanes_before(leaving);
+                    if (UNLIKELY(VM_LANES == 32 ? missing : warp_ballot(missing))) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
                         u32 kind = op & 7;
                         u32 undecided =
-                            warp_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
+                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
                         missing &= ~missing + 1;
-                        leaving = stopped |= missing;
-                        if (!(undecided & lanes_before(missing))) {
-                            miss_va = warp_shuffle(va, first_of(missing));
-                            miss_store = warp_shuffle((u32)stores, first_of(missing));
-                            if (missing >> lane & 1)
-                                here |= va & alignment(op >> 3 & 3) ? END_STEP : END_FILL;
+                        u32 miss_va = group_shuffle(va, first_of(missing));
+                        u32 miss_store = group_shuffle((u32)stores, first_of(missing));
+                        if (missing) {
+                            leaving = stopped |= missing;
+                            if (!(undecided & lanes_before(missing))) {
+                                where = miss_va, which = miss_store;
+                                if (missing >> member & 1)
+                                    here = (here & ~3u) | (va & alignment(op >> 3 & 3) ? END_STEP : END_FILL);
+                            }
                         }
                     }
                     ok &= mine;
@@ -370,130 +515,74 @@ FN u32 warp_run(WarpPlace place, u64 limit) {
                     word = word >> (8 * va & 31) << shift;
                     word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
                     if (loads) value = word;
-                    if (levels >> 25 >> round & 1) {
+                    if (levels >> MARK_STORE >> round & 1) {
                         warp_sync();
-                        if (ok && stores && (lanes_before(leaving) >> lane & 1))
+                        if (ok && stores && (lanes_before(leaving) >> member & 1))
                             lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
                         warp_sync();
                     }
-                    if (leaving) {
-                        u32 needed = warp_max((leaving ^ (leaving - 1)) >> lane & 1 ? op >> 28 & 7 : 0);
+                    if (VM_LANES == 32 ? leaving : warp_ballot(leaving)) {
+                        u32 needed = warp_max((leaving ^ (leaving - 1)) >> member & 1 ? op >> 28 & 7 : 0);
                         if (needed < last) last = needed;
                     }
                 }
                 if (round >= last) break;
-                u32 made_a = warp_shuffle(value, op >> 8), made_b = warp_shuffle(value, op >> 16);
-                if (op & 1u << 13) a = made_a;
-                if (op & 1u << 21) b = made_b;
+                u32 made_a = group_shuffle(value, op >> 8), made_b = group_shuffle(value, op >> 16);
+                if (op & OPERAND_MADE << 8) a = made_a;
+                if (op & OPERAND_MADE << 16) b = made_b;
             }
             // Where it goes on, and which lanes count.
-            u32 kind = op & 7, target = page + t.imm;
+            u32 kind = op & 7, target = lane_page + t.imm;
+            bool stops = stopped >> member & 1, turns = lane_leaves(op, a, b);
             if (kind == T_JALR) {
                 target = ((a + t.imm) & ~1u) | END_BEHIND;
-                if (target & 2) here |= END_STEP;
+                if (target & 2) here = (here & ~3u) | END_STEP;
             }
-            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !(stopped >> lane & 1) & !(here & 2);
+            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !stops & !(here & 2);
+            if (VM_LANES < 32 && ends && (here & 3) == END_BEHIND) {
+                if (kind == T_BRANCH && turns)
+                    leads = false;
+                else
+                    target = here + 4;
+                behind = !stops, here &= ~3u;
+            }
             if (!behind) target = here;
-            if (!leads || (!behind && kind != T_EXIT)) follows = 0;
-            leaving = stopped | warp_ballot((kind >= T_JUMP) | lane_leaves(op, a, b));
+            if (!leads || stops || (!behind && kind != T_EXIT)) follows = 0;
+            u32 done = warp_ballot((kind >= T_JUMP) | turns | ends);
+            if (VM_LANES < 32) done = done >> (lane - member) & VM_LANES_MASK;
+            leaving = stopped | done;
             leaving &= ~leaving + 1;
-            target = warp_or(leaving >> lane & 1 ? target : 0);
-            next = warp_or(leaving >> lane & 1 ? follows : 0);
+            u32 counted = leaving - 1;
+            if (VM_LANES == 32) {
+                target = warp_or(leaving >> member & 1 ? target : 0);
+                next = warp_or(leaving >> member & 1 ? follows : 0);
+            } else {
+                target = group_shuffle(target, first_of(leaving));
+                next = group_shuffle(follows, first_of(leaving));
+            }
             if (next == BUSY) next = 0;
-            u32 counted = leaving - 1 + ((target & 3) == END_BEHIND ? leaving : 0);
-            u32 writers = t.writers & counted;
-            u32 written = warp_shuffle(value, last_of(writers));
-            if (writers) x = written;
+            if ((target & 3) == END_BEHIND) counted |= leaving;
+            slot_write_if((counted >> member & 1) & !(counted >> (more >> 22 & 31) & 1), slot, more >> 17 & 31,
+                          value);
             left -= count_of(counted);
+            // Now and then: was that the way that was to be expected?
+            tick += LEARN_STEP;
+            if (UNLIKELY(tick < LEARN_STEP)) {
+                bool branch = (kind == T_BRANCH) & turns;
+                bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES);
+                u32 lesson = group_ballot(((leaving & ~stopped) >> member & 1) & (branch | page_left));
+                if (VM_LANES == 32 ? lesson : warp_ballot(lesson)) {
+                    u32 what = page_left ? LEARN_PAGE : (t.imm & ~3u) - 4 != (here & (FRAME_BYTES - 4));
+                    u32 place = (more & 0xffff) * TEXT_WORDS + here / 4 % TEXT_WORDS;
+                    place = group_shuffle(place, first_of(lesson)), what = group_shuffle(what, first_of(lesson));
+                    if (lesson) where = place, which = what | trace << 2, start = pc, leave = LEAVE_LEARN;
+                }
+            }
             pc = target & ~3u;
-            if (UNLIKELY(left == 0 || target & 2)) {
+            if (left == 0 || target & 2)
                 leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
-                break;
-            }
+            if (over) leave = LEAVE_NOT, next = 1;
+            if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
         }
-        u64 steps = limit - left;
-        warp_save(vm, x, pc, steps);
-        if (leave == LEAVE_LIMIT) return 0;
-        if (leave == LEAVE_FETCH) {
-            WarpText found = warp_fetch(place, pc, steps);
-            if (found.text == NO_TEXT || found.events) return found.events;
-            continue;
-        }
-        if (leave == LEAVE_TRACE) {
-            if (trace_make(place.pool, vm, text, pc / 4 % TEXT_WORDS) != BUSY) continue;
-        } else if (leave == LEAVE_FILL) {
-            if (warp_fill(place, miss_va, miss_store, pc, steps)) continue;
-        }
-        u32 insn = text_at(place.pool, text)->words[pc / 4 % TEXT_WORDS];
-        if (leave == LEAVE_STEP) {
-            WarpQuick quick =
-                warp_quick(place, insn, warp_shuffle(x, insn >> 15), warp_shuffle(x, insn >> 20), mode);
-            if (quick.done) {
-                if (lane == (insn >> 7 & 31) && lane) x = quick.value;
-                pc += 4, left--;
-                if (left) continue;
-                warp_save(vm, x, pc, limit);
-                return 0;
-            }
-        }
-        u32 events = warp_step(place, insn);
-        left--;
-        if (left == 0 || (events & ~EV_JUMP)) return events;
-        hart = warp_load(vm);
-        x = hart.x, pc = hart.pc;
     }
-}
-
-SLOW u32 warp_begin(WarpPlace at, const SliceRequest *request) {
-    Machine m = machine_at(at);
-    if (warp_lane() == 0) slice_begin(m, *request);
-    warp_sync();
-    forget_all();
-    return warp_shuffle(m.events, 0) & (EV_CHECK | EV_EXIT);
-}
-
-// Interrupts, idling and the next deadline; TURN_STOP when the slice is over.
-struct WarpTurn {
-    u32 turn;
-    u64 limit;
-};
-SLOW WarpTurn warp_turn(WarpPlace at, u32 events, u64 end) {
-    Machine m = machine_at(at);
-    WarpTurn t;
-    t.turn = TURN_RUN, t.limit = 0;
-    if (warp_lane() == 0) {
-        m.events = events;
-        t.turn = take_turn(m, end);
-        if (t.turn == TURN_RUN) t.limit = next_deadline(m, end);
-    }
-    t.turn = warp_shuffle(t.turn, 0);
-    t.limit = warp_shuffle(t.limit, 0);
-    warp_sync();
-    return t;
-}
-
-// One slice of one VM.
-FN void warp_slice(WarpPlace place, const SliceRequest *request, SliceResult *result) {
-    u64 before = place.vm->hart.steps, most = 1ull << 31;
-    u64 end = before + (request->budget < most ? request->budget : most);
-    u32 events = warp_begin(place, request) | EV_CHECK;
-    u64 limit = before;
-    for (;;) {
-        bool over = *(volatile u64 *)&place.vm->hart.steps >= limit;
-        warp_sync();
-        if (over || (events & (EV_EXIT | EV_CHECK))) {
-            WarpTurn t = warp_turn(place, events & (EV_EXIT | EV_CHECK), end);
-            if (t.turn == TURN_STOP) break;
-            limit = t.limit;
-        }
-        events = warp_run(place, limit);
-    }
-    if (warp_lane() == 0) {
-        Machine m = machine_at(place);
-        slice_end(m, before, *result);
-        const Pool *pool = place.pool;
-        result->code_full = read_through(&pool->trace_count) >= pool->trace_capacity ||
-                            read_through(&pool->text_count) >= pool->text_capacity;
-    }
-    warp_sync();
 }

@@ -12,15 +12,19 @@ extern "C" __global__ void machine_setup(Vm *vms, u32 *tables, const u32 *initia
     for (u32 page = threadIdx.x; page < vm.ram.pages; page += blockDim.x) table[page] = initial_table[page];
 }
 
-// Runs one slice for each entry of the list, a warp each.
+// Runs one slice for each entry of the list, VMS_PER_WARP of them in each warp.
 extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, const GpuSlice *list, u32 count,
                                          SliceResult *results) {
-    u32 warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (warp >= count) return;
-    u32 number = list[warp].vm;
-    WarpPlace place;
-    place.vm = &vms[number], place.pool = pool, place.mail = &mail[number];
-    warp_slice(place, &list[warp].request, &results[warp]);
+    u32 first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * VMS_PER_WARP, lane = warp_lane();
+    if (first >= count) return;
+    VmSlot *slots = warp_slots();
+    if (lane < VMS_PER_WARP) {
+        u32 i = first + lane < count ? first + lane : first, number = list[i].vm;
+        Vm *vm = first + lane < count ? &vms[number] : 0;
+        slot_open(&slots[lane], vm, pool, &mail[number], &list[i].request, &results[i]);
+    }
+    warp_sync();
+    warp_slices(slots, pool);
 }
 
 // Gives the VM's own frames back and restores its frame table. The VM is in no launch; the host then writes

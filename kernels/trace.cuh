@@ -1,7 +1,9 @@
 // Traces: what engine W executes. A trace is up to 31 instructions along the path that the program is
-// expected to take through one page; every lane of a warp holds one of them. Lanes whose operands are ready
-// execute at the same time: an instruction's *level* is the length of the longest chain of instructions in
-// the trace that it waits for, so a trace takes as many rounds as it has levels.
+// expected to take; every lane holds one of them (with k VMs in a warp, a VM has 32 / k lanes, and a trace as
+// many instructions at most). Lanes whose operands are ready execute at the same time: an instruction's
+// *level* is the length of the longest chain of instructions in the trace that it waits for, so a trace takes
+// as many rounds as it has levels. Sums with constants are no links of such chains: whoever uses one adds the
+// constant itself.
 //
 // Where a trace can end early (a branch that goes the other way, an access that needs more than the
 // translations at hand, the end of the slice), all before that lane has happened and nothing behind it has:
@@ -10,6 +12,9 @@
 //   - a load behind a store that could overlap it is on a higher level;
 //   - values stay in the lanes until the trace is left, and only those of lanes that count are kept.
 //
+// Which way a branch is expected to go: back if its target is behind it, else on; after a trace has been left
+// there a few times, the way that it went (Text::hints).
+//
 // Texts hold decoded code. They are found by what a page says, not by who has it: all VMs whose page holds
 // the same instructions share one, and frames that only look alike are told apart by comparing all their
 // words.
@@ -17,10 +22,12 @@
 #include "memory.cuh"
 #include "warp.cuh"
 
-#define TRACE_LANES 32u
-#define TRACE_LEVELS 6u
+#define TRACE_LEVELS 7u
+// The last lane of a whole warp is always what follows; where lanes are few, it may hold an instruction.
+#define TRACE_LENGTH (VM_LANES == 32 ? 31u : VM_LANES)
 #define TEXT_WORDS (FRAME_BYTES / 4)
 #define NO_TEXT 0xFFFFFFFFu
+#define PAGE_OF(va) ((va) & ~(FRAME_BYTES - 1))
 #define BUSY 0xFFFFFFFFu // in an index or the table: another warp is making it
 
 // T_EXIT and T_SLOW stand behind the last instruction: the trace ends, or the instruction there is not for
@@ -39,8 +46,7 @@ enum TraceAlu : u32 {
     A_AND = A_BOTH,
     A_OR = A_BOTH | A_ONE,
     A_XOR = A_ONE,
-    A_PAGE = 1, // page + immediate
-    A_SLT,
+    A_SLT = 1,
     A_SLTU,
     A_SLL,
     A_SRL,
@@ -61,38 +67,54 @@ enum TraceAlu : u32 {
 #define BRANCH_SIGNED 4u
 
 // How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or
-// before it and something has to be done there first.
+// before it and something has to be done there first. In TraceLane::at END_BEHIND marks the last lane of a
+// trace that has no lane for what follows.
 #define END_BEFORE 0u
 #define END_BEHIND 1u
 #define END_STEP 2u
 #define END_FILL 3u
 
+// A lane marks its level in the byte that says what its round has to do: bit 8 * byte + level.
+#define MARK_LOAD 0u
+#define MARK_STORE 8u
+#define MARK_OTHER 16u
+#define MARK_SIMPLE 24u
+
 // One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction
-// makes masks of them. Operands are registers, or lanes that make them.
+// makes masks of them. Operands are registers (or the address of the page), or lanes that make them.
 //   op     2:0 class          5:3 detail of accesses and branches       7 A_MINUS
-//          12:8 operand 1     13 a lane makes it                        15 A_ONE
-//          20:16 operand 2    21 a lane makes it                        23 A_BOTH
+//          13:8 operand 1     14 a lane makes it                        15 A_ONE
+//          21:16 operand 2    22 a lane makes it                        23 A_BOTH
 //          27:24 number of another operation   30:28 level              31 A_SUM
-//   imm    immediate; of jumps, branches and T_EXIT the target relative to the page, and how it ends
-//   writers which lanes write register `lane`
-//   place  1:0 how it ends if this is the lane behind the last one      12:2 word in the page
-//          18:13 levels with accesses or other operations   24:19 with accesses   30:25 with stores
+//   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page, and how it ends;
+//          of T_EXIT FRAME_BYTES if it leads to another page
+//   at     1:0 how it ends if this is the lane behind the last one; the rest: where the instruction is,
+//          relative to the page of the trace's start
+//   more   15:0 text of the page   16 that is not the page of the trace's start   21:17 rd
+//          26:22 the next lane that writes rd: itself if rd is x0, 31 if there is none   31:27 its mark
 struct alignas(16) TraceLane {
-    u32 op, imm, writers, place;
+    u32 op, imm, at, more;
 };
+#define OPERAND_MADE 64u
 
 // Decoded code of one page.
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said
     u32 index[TEXT_WORDS]; // trace that starts there plus one, 0 for none yet, or BUSY
+    // What traces have learned of the branch or jump there: 0 way to go, 1 it is known, 7:2 times it changed.
+    u8 hints[TEXT_WORDS];
 };
+#define HINT_TAKEN 1u
+#define HINT_KNOWN 2u
+#define HINT_CHANGE 4u
+#define HINT_CHANGES_MAX 12u
 
-static_assert(sizeof(Text) == TEXT_BYTES && sizeof(TraceLane) * TRACE_LANES == TRACE_BYTES, "see abi.rs");
-static_assert(sizeof(WarpCache) == WARP_BYTES, "see abi.rs");
+static_assert(sizeof(Text) == TEXT_BYTES && sizeof(TraceLane) * 32 == TRACE_BYTES, "see abi.rs");
+static_assert(sizeof(VmSlot) == (VMS_PER_WARP == 1 ? VM_SLOT_ALONE_BYTES : VM_SLOT_SHARED_BYTES), "see abi.rs");
 
 FN Text *text_at(const Pool *pool, u32 text) { return (Text *)(uintptr_t)pool->text_ptr + text; }
 FN TraceLane *trace_at(const Pool *pool, u32 trace) {
-    return (TraceLane *)(uintptr_t)pool->trace_ptr + (u64)trace * TRACE_LANES;
+    return (TraceLane *)(uintptr_t)pool->trace_ptr + (u64)trace * VM_LANES;
 }
 
 FN u32 read_through(const u32 *word) { return *(const volatile u32 *)word; }
@@ -106,10 +128,10 @@ FN u32 wait_for(const u32 *word, u32 seen) {
     return seen;
 }
 
-// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 21:17, rs2
-// 26:22.
+// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 22:17 (32: the
+// address of its page), rs2 27:23. Targets are relative to the page.
 FN u64 trace_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
-    return (u64)(kind | detail << 3 | rd << 11 | rs1 << 17 | rs2 << 22) | (u64)imm << 32;
+    return (u64)(kind | detail << 3 | rd << 11 | rs1 << 17 | rs2 << 23) | (u64)imm << 32;
 }
 FN u64 trace_branch(const Uop &u, u32 detail, u32 offset) {
     u32 target = offset + u.imm;
@@ -126,7 +148,8 @@ FN u64 trace_encode(u32 insn, u32 offset) {
         ALU(MUL) ALU(MULH) ALU(MULHSU) ALU(MULHU) ALU(DIV) ALU(DIVU) ALU(REM) ALU(REMU)
         ALU_IMM(ADDI, A_ADD) ALU_IMM(ANDI, A_AND) ALU_IMM(ORI, A_OR) ALU_IMM(XORI, A_XOR)
         ALU_IMM(SLTI, A_SLT) ALU_IMM(SLTIU, A_SLTU) ALU_IMM(SLLI, A_SLL) ALU_IMM(SRLI, A_SRL)
-        ALU_IMM(SRAI, A_SRA) ALU_IMM(LI, A_ADD) ALU_IMM(AUIPC, A_PAGE)
+        ALU_IMM(SRAI, A_SRA) ALU_IMM(LI, A_ADD)
+    case OP_AUIPC: return trace_word(T_ALU, A_ADD, u.rd, PAGE_SLOT, 0, u.imm);
 #undef ALU
 #undef ALU_IMM
         // loads: bits 1:0 log2 of the size, bit 2 signed
@@ -174,9 +197,30 @@ FN u32 level_behind(u64 mine, u32 my_base, u32 my_level, u32 kind, u32 base, u32
     return kind == T_STORE && decided ? my_level : 0;
 }
 
+// What the maker knows of a register: exact value 6:0 and base 14:8 (register, or OPERAND_MADE | lane), levels
+// on which they can be used 19:16 and 23:20. The register's value is its base plus an offset.
+FN u32 register_known(u32 exact, u32 exact_level, u32 base, u32 base_level) {
+    return exact | base << 8 | exact_level << 16 | base_level << 20;
+}
+struct TraceOperand {
+    u32 name, level, offset;
+};
+// The operand for an instruction that adds a constant anyway (`sums`), or not.
+FN TraceOperand operand_of(u32 known, u32 offset, bool sums) {
+    TraceOperand o;
+    bool base = sums || offset == 0;
+    o.name = (base ? known >> 8 : known) & 0x7f;
+    o.level = (base ? known >> 20 : known >> 16) & 15;
+    o.offset = sums ? offset : 0;
+    return o;
+}
+
 // Makes the trace that starts at word `start`; all lanes. BUSY if there is no room for another.
-SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
+SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
+    Pool *pool = slot->pool;
+    Vm *vm = slot->vm;
     Text *t = text_at(pool, text);
+    u32 start = pc / 4 % TEXT_WORDS;
     u32 lane = warp_lane(), seen = 0, number = 0;
     if (lane == 0) {
         seen = atomic_compare_swap(&t->index[start], 0, BUSY);
@@ -198,88 +242,139 @@ SLOW u32 trace_make(Pool *pool, Vm *vm, u32 text, u32 start) {
     warp_sync();
     if (seen || number == BUSY) return number;
 
-    u32 window = ~0u, length = 0, at = start, highest = 0, accesses = 0, stores = 0, other = 0;
+    // Where the path has come to: text, page relative to the first one, word.
+    const Text *here_text = t;
+    u32 here_number = text, here_page = 0, at = start;
+    u32 window = ~0u, length = 0;
     u64 decoded = 0, mine = 0;
-    u32 my_level = 0, my_operands = 0, my_at = 0;
-    u32 writer = ~0u, writers = 0; // of register `lane`
-    u32 end_class = T_EXIT, end_target = 0;
+    u32 my_level = 0, my_operands = 0, my_at = 0, my_text = text, my_next = 31, my_rd = 0;
+    u32 known = register_known(lane, 0, lane, 0), known_offset = 0; // of register `lane`
+    u32 writer = ~0u;                                               // likewise: who wrote it last
+    u32 end_class = T_EXIT;
+    bool left = false; // the last instruction is a jump that ends it
     for (;;) {
-        end_target = 4 * at;
-        if (length == TRACE_LANES - 1 || at >= TEXT_WORDS) break;
+        if (length == TRACE_LENGTH) break;
+        if (at >= TEXT_WORDS) { // at the next page, or behind a jump to another one
+            u32 there = here_page + (at & ~(TEXT_WORDS - 1)) * 4, va = PAGE_OF(pc) + there;
+            FetchEntry fetch = slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES];
+            if (length == 0 || fetch.tag != (va | mode)) break;
+            here_page = there, here_number = fetch.text, here_text = text_at(pool, fetch.text);
+            at %= TEXT_WORDS, window = ~0u;
+        }
         if ((at & ~31u) != window) {
             window = at & ~31u;
-            decoded = trace_encode(t->words[window + lane], 4 * (window + lane));
+            decoded = trace_encode(here_text->words[window + lane], 4 * (window + lane));
         }
         u64 word = warp_shuffle(decoded, at & 31);
         u32 low = (u32)word, imm = (u32)(word >> 32);
-        u32 kind = low & 7, rd = low >> 11 & 63, rs1 = low >> 17 & 31, rs2 = low >> 22 & 31;
+        u32 kind = low & 7, detail = low >> 3 & 0xff, rd = low >> 11 & 63, rs1 = low >> 17 & 63;
+        u32 rs2 = low >> 23 & 31;
         if (kind == T_SLOW) {
             end_class = T_SLOW;
             break;
         }
         // operands, and who makes them
-        u32 by1 = warp_shuffle(writer, rs1), by2 = warp_shuffle(writer, rs2), level = 0;
-        u32 level1 = warp_shuffle(my_level, by1 & 31), level2 = warp_shuffle(my_level, by2 & 31);
-        u32 operand1 = rs1, operand2 = rs2;
-        if (by1 != ~0u) operand1 = by1 | 32, level = level1 + 1;
-        if (by2 != ~0u) operand2 = by2 | 32, level = level2 + 1 > level ? level2 + 1 : level;
-        if (kind == T_LOAD || kind == T_STORE) {
-            u32 behind = lane < length ? level_behind(mine, my_operands & 63, my_level, kind, operand1, imm,
-                                                      1u << (low >> 3 & 3))
+        u32 known1 = warp_shuffle(known, rs1 & 31), known2 = warp_shuffle(known, rs2);
+        u32 offset1 = warp_shuffle(known_offset, rs1 & 31), offset2 = warp_shuffle(known_offset, rs2);
+        if (rs1 == PAGE_SLOT) known1 = register_known(PAGE_SLOT, 0, PAGE_SLOT, 0), offset1 = here_page;
+        bool accesses = kind == T_LOAD || kind == T_STORE;
+        bool sums = kind == T_ALU && (detail & A_SUM), minus = detail & A_MINUS;
+        TraceOperand one = operand_of(known1, offset1, accesses || sums || kind == T_JALR);
+        TraceOperand two = operand_of(known2, offset2, kind == T_ALU);
+        if (kind == T_ALU && !minus) imm += one.offset + two.offset;
+        if (kind == T_ALU && minus) imm += two.offset - one.offset;
+        if (accesses || kind == T_JALR) imm += one.offset;
+        u32 level = one.level > two.level ? one.level : two.level;
+        if (accesses) {
+            u32 behind = lane < length ? level_behind(mine, my_operands & 127, my_level, kind, one.name, imm,
+                                                      1u << (detail & 3))
                                        : 0;
             behind = warp_max(behind);
             if (behind > level) level = behind;
         }
         if (level >= TRACE_LEVELS) break;
-        if (level > highest) highest = level;
-        if (kind == T_LOAD || kind == T_STORE) accesses |= 1u << level;
-        if (kind == T_STORE) stores |= 1u << level;
-        if (kind == T_ALU && low >> 3 & 15) other |= 1u << level;
 
-        // where it is expected to go on: branches back are taken, others not
-        u32 here = at;
-        bool leaves = kind == T_JALR;
+        // where it is expected to go on
+        u32 here = at, known_there = here_text->hints[at];
+        bool last = length + 1 == TRACE_LENGTH && VM_LANES < 32, follows = false;
         at++;
-        if (kind == T_BRANCH && imm < 4 * here) {
-            word = (u64)(low ^ (BRANCH_INVERT << 3)) | (u64)(4 * here + 4) << 32;
-            at = imm / 4;
-        } else if (kind == T_JUMP && imm < FRAME_BYTES) {
-            word = trace_word(T_ALU, A_PAGE, rd, 0, 0, 4 * here + 4);
-            other |= (u32)(rd != SINK) << level;
-            at = imm / 4;
+        if (kind == T_BRANCH) {
+            bool taken = known_there & HINT_KNOWN ? known_there & HINT_TAKEN : imm < 4 * here;
+            if (taken && !last) { // left if it is not taken
+                at = (i32)imm >> 2;
+                imm = 4 * here + 4, detail ^= BRANCH_INVERT;
+            }
         } else if (kind == T_JUMP) {
-            leaves = true;
+            follows = !last;
+            if (follows) at = (i32)imm >> 2;
+        } else if (kind == T_JALR) {
+            // Back to where the trace itself has come from, for one.
+            follows = !last && one.name == PAGE_SLOT && !(imm & 2);
+            if (follows) at = (i32)((imm & ~1u) - here_page) >> 2;
         }
+        bool leads_on = at < TEXT_WORDS;
+        if (!leads_on && (kind == T_JUMP || kind == T_JALR)) {
+            // Only if the page is at hand: else the jump itself ends the trace.
+            u32 va = PAGE_OF(pc) + here_page + 4 * (at & ~(TEXT_WORDS - 1));
+            follows &= slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES].tag == (va | mode);
+        }
+        if (follows) { // what is left of it is its link
+            kind = T_ALU, detail = A_ADD, imm = here_page + 4 * here + 4;
+            one.name = PAGE_SLOT, two.name = 0, level = 0, sums = true, minus = false;
+        }
+        left = kind == T_JUMP || kind == T_JALR;
         if (lane == length) {
-            mine = word, my_level = level, my_operands = operand1 | operand2 << 6, my_at = here;
+            mine = (u64)(kind | detail << 3) | (u64)imm << 32;
+            my_level = level, my_operands = one.name | two.name << 7, my_at = here_page + 4 * here;
+            my_text = here_number, my_rd = rd & 31;
+            if (rd == SINK) my_next = lane;
         }
-        if (lane == rd) writer = length, writers |= 1u << length;
+        u32 before = warp_shuffle(writer, rd & 31);
+        if (rd != SINK && lane == before) my_next = length;
+        if (lane == rd) {
+            writer = length;
+            u32 made = OPERAND_MADE | length, base = made, base_level = level + 1;
+            known_offset = 0;
+            if (kind == T_ALU && sums && !minus && (two.name == 0 || one.name == 0)) {
+                base = two.name == 0 ? one.name : two.name, base_level = level;
+                known_offset = imm;
+            }
+            known = register_known(made, level + 1, base, base_level);
+        }
         length++;
-        if (leaves) {
-            end_class = T_ALU; // the jump itself ends it
-            break;
-        }
+        if (left) break;
     }
     TraceLane out;
-    u32 low = (u32)mine, ends = END_BEFORE;
+    u32 low = (u32)mine, ends = END_BEFORE, mark = MARK_SIMPLE;
     out.imm = (u32)(mine >> 32);
-    if (lane >= length) { // nothing, or what ends it
-        low = lane == length && end_class != T_ALU ? end_class : T_ALU | A_SUM << 3;
-        out.imm = lane == length ? end_target : 0, my_level = highest, my_operands = 0,
-        my_at = end_target / 4;
+    if (lane >= length) { // nothing, or what follows
+        bool end = lane == length && !left;
+        low = end ? end_class : T_ALU | A_SUM << 3;
+        bool near = at < TEXT_WORDS;
+        out.imm = !end ? 0 : near ? 4 * at : FRAME_BYTES;
+        my_at = here_page + 4 * at, my_level = 0, my_operands = 0, my_next = lane;
+        my_text = near ? here_number : text;
         if (low == T_SLOW) ends = END_STEP;
+    } else if (lane + 1 == length && length == VM_LANES && !left) {
+        ends = END_BEHIND;
     }
+    bool elsewhere = my_at >= FRAME_BYTES && (lane < length || (lane == length && !left && at < TEXT_WORDS));
     u32 kind = low & 7, detail = low >> 3 & 0xff;
     if (kind == T_BRANCH || kind == T_JUMP) out.imm |= END_BEHIND;
-    out.op = kind | (my_operands & 63) << 8 | (my_operands >> 6 & 63) << 16 | my_level << 28;
-    if (kind == T_ALU)
+    out.op = kind | (my_operands & 127) << 8 | (my_operands >> 7 & 127) << 16 | my_level << 28;
+    if (kind == T_ALU) {
         out.op |= (detail & 15) << 24 | (detail & A_MINUS ? 1u << 7 : 0) | (detail & A_ONE ? 1u << 15 : 0) |
                   (detail & A_BOTH ? 1u << 23 : 0) | (detail & A_SUM ? 1u << 31 : 0);
-    else
+        if (detail & 15) mark = MARK_OTHER;
+    } else {
         out.op |= (detail & 7) << 3;
-    out.writers = writers;
-    out.place = ends | my_at << 2 | (accesses | other) << 13 | accesses << 19 | stores << 25;
-    trace_at(pool, number)[lane] = out;
+        if (kind == T_LOAD) mark = MARK_LOAD;
+        if (kind == T_STORE) mark = MARK_STORE;
+    }
+    out.at = my_at | ends;
+    out.more = my_text | (elsewhere ? 1u << 16 : 0) | my_rd << 17 | my_next << 22 |
+               (mark + my_level) << 27;
+    if (lane < VM_LANES) trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();
     if (lane == 0) atomic_swap(&t->index[start], number + 1);
@@ -319,7 +414,7 @@ SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
         warp_sync();
         if (made != NO_TEXT) {
             Text *t = text_at(pool, made);
-            for (u32 i = lane; i < TEXT_WORDS; i += 32) t->words[i] = words[i], t->index[i] = 0;
+            for (u32 i = lane; i < TEXT_WORDS; i += 32) t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0;
             publish_fence();
             warp_sync();
             if (lane == 0) {

@@ -5,11 +5,22 @@
 
 #define ALL_LANES 0xFFFFFFFFu
 
-// Translations that a warp has at hand, in shared memory. A tag is virtual page | mode key, or 0 for none; of
-// data also TAG_WRITABLE, if stores may go to the frame directly.
-#define DATA_ENTRIES 128u
-#define FETCH_ENTRIES 64u
+// VMs that share a warp: each has 32 / VMS_PER_WARP lanes.
+#ifndef VMS_PER_WARP
+#define VMS_PER_WARP 1
+#endif
+#define VM_LANES (32u / VMS_PER_WARP)
+static_assert(VM_LANES * VMS_PER_WARP == 32, "1, 2, 4, 8, 16 or 32 VMs in a warp");
+#define VM_LANES_MASK (VM_LANES == 32 ? ALL_LANES : (1u << VM_LANES % 32) - 1)
+
+// Translations at hand. A tag is virtual page | mode key, or 0 for none; of data also TAG_WRITABLE, if stores
+// may go to the frame directly. Many VMs in a warp are for large fleets, where shared memory is scarce.
+#define DATA_ENTRIES (VMS_PER_WARP == 1 ? 128u : 64u)
+#define FETCH_ENTRIES (VMS_PER_WARP == 1 ? 64u : 32u)
 #define TAG_WRITABLE 0x10u
+
+// Where a trace finds the address of its page, behind the registers.
+#define PAGE_SLOT 32u
 
 struct alignas(8) DataEntry {
     u32 tag, frame;
@@ -17,19 +28,28 @@ struct alignas(8) DataEntry {
 struct alignas(8) FetchEntry {
     u32 tag, text;
 };
-struct WarpCache {
+// A VM while its slice runs, in shared memory.
+struct VmSlot {
     DataEntry data[DATA_ENTRIES];
     FetchEntry fetch[FETCH_ENTRIES];
+    u32 x[36]; // x0 to x31 and the address of the page; four words of another bank for each VM
+    Vm *vm;
+    Pool *pool;
+    Mailbox *mail;
+    const SliceRequest *request;
+    SliceResult *result;
+    u64 before, end, limit; // steps: at the start of the slice, at its end, at the next deadline
 };
 
 #if MACHINE_GPU
-extern __shared__ WarpCache warp_caches[];
-FN WarpCache &warp_cache() { return warp_caches[threadIdx.x / 32]; }
+extern __shared__ VmSlot vm_slots[];
+FN VmSlot *warp_slots() { return vm_slots + threadIdx.x / 32 * VMS_PER_WARP; }
 FN u32 warp_lane() { return threadIdx.x % 32; }
 FN void warp_sync() { __syncwarp(); }
 FN u32 warp_ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
 FN u32 warp_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
 FN u64 warp_shuffle(u64 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
+FN u32 group_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane, VM_LANES); }
 FN u32 warp_exchange(u32 value, u32 mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
 FN u32 first_of(u32 bits) { return __ffs((int)bits) - 1; } // ~0u for none
 FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
@@ -54,26 +74,42 @@ FN u32 bit_or_none(u32 by) {
 }
 // A value that the compiler takes for another one each time: it does not keep what it could find out from it.
 FN void forget_origin(u32 &value) { asm volatile("" : "+r"(value)); }
-// The cache's entries by their address in shared memory, which a register holds.
-typedef u32 CachePlace;
-FN CachePlace cache_place() { return (u32)__cvta_generic_to_shared(&warp_cache()); }
-FN DataEntry cached_data(CachePlace cache, u32 va) {
+// A slot by its address in shared memory, which a register holds.
+typedef u32 SlotPlace;
+FN SlotPlace slot_place(VmSlot *slot) { return (u32)__cvta_generic_to_shared(slot); }
+FN DataEntry cached_data(SlotPlace slot, u32 va) {
     DataEntry entry;
-    u32 at = cache + (va >> 9 & (DATA_ENTRIES - 1) * 8);
+    u32 at = slot + (va >> 9 & (DATA_ENTRIES - 1) * 8);
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(entry.tag), "=r"(entry.frame)
                  : "r"(at)
                  : "memory");
     return entry;
 }
-FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
+FN FetchEntry cached_fetch(SlotPlace slot, u32 pc) {
     FetchEntry entry;
-    u32 at = cache + (pc >> 9 & (FETCH_ENTRIES - 1) * 8);
+    u32 at = slot + (pc >> 9 & (FETCH_ENTRIES - 1) * 8);
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];"
                  : "=r"(entry.tag), "=r"(entry.text)
                  : "r"(at), "n"(DATA_ENTRIES * 8)
                  : "memory");
     return entry;
+}
+// Register bits 5:0 of `number`.
+FN u32 slot_read(SlotPlace slot, u32 number) {
+    u32 value, at = slot + (number << 2 & 0xfc);
+    asm volatile("ld.shared.u32 %0, [%1+%2];"
+                 : "=r"(value)
+                 : "r"(at), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8)
+                 : "memory");
+    return value;
+}
+FN void slot_write_if(bool take, SlotPlace slot, u32 number, u32 value) {
+    u32 at = slot + (number << 2 & 0xfc);
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u32 [%1+%2], %3; }"
+                 :
+                 : "r"((u32)take), "r"(at), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8), "r"(value)
+                 : "memory");
 }
 FN u32 load_word(u64 address) {
     u32 word;
@@ -90,12 +126,15 @@ FN u32 load_if(bool take, u64 address) {
     return word;
 }
 #else
-WarpCache &warp_cache();
+VmSlot *warp_slots();
 u32 warp_lane();
 void warp_sync();
 u32 warp_ballot(bool vote);
 u32 warp_shuffle(u32 value, u32 lane);
 u64 warp_shuffle(u64 value, u32 lane);
+FN u32 group_shuffle(u32 value, u32 lane) {
+    return warp_shuffle(value, (warp_lane() & ~(VM_LANES - 1)) | (lane & (VM_LANES - 1)));
+}
 u32 warp_exchange(u32 value, u32 mask);
 FN u32 first_of(u32 bits) { return bits ? (u32)__builtin_ctz(bits) : ~0u; }
 FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
@@ -112,11 +151,13 @@ FN void back_off() {}
 template <u32 BYTE> FN u32 byte_sign(u32 bits) { return bits >> (8 * BYTE + 7) & 1 ? ~0u : 0; }
 FN u32 bit_or_none(u32 by) { return by < 32 ? 1u << by : 0; }
 FN void forget_origin(u32 &) {}
-typedef WarpCache *CachePlace;
-FN CachePlace cache_place() { return &warp_cache(); }
-FN DataEntry cached_data(CachePlace cache, u32 va) { return cache->data[va / FRAME_BYTES % DATA_ENTRIES]; }
-FN FetchEntry cached_fetch(CachePlace cache, u32 pc) {
-    return cache->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+typedef VmSlot *SlotPlace;
+FN SlotPlace slot_place(VmSlot *slot) { return slot; }
+FN DataEntry cached_data(SlotPlace slot, u32 va) { return slot->data[va / FRAME_BYTES % DATA_ENTRIES]; }
+FN FetchEntry cached_fetch(SlotPlace slot, u32 pc) { return slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES]; }
+FN u32 slot_read(SlotPlace slot, u32 number) { return *(volatile u32 *)&slot->x[number & 63]; }
+FN void slot_write_if(bool take, SlotPlace slot, u32 number, u32 value) {
+    if (take) slot->x[number & 63] = value;
 }
 FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
 FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
@@ -146,6 +187,11 @@ FN u32 warp_or(u32 value) {
 FN u32 warp_sum(u32 value) {
     for (u32 mask = 16; mask; mask /= 2) value += warp_exchange(value, mask);
     return value;
+}
+// The votes of the lanes that belong to this lane's VM.
+FN u32 group_ballot(bool vote) {
+    u32 votes = warp_ballot(vote);
+    return VM_LANES == 32 ? votes : votes >> (warp_lane() & ~(VM_LANES - 1)) & VM_LANES_MASK;
 }
 // The lanes before the first of `lanes`: all if there is none.
 FN u32 lanes_before(u32 lanes) { return (lanes - 1) & ~lanes; }

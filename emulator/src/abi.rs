@@ -56,16 +56,18 @@ pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
 /// Code pages that a VM may have for frames of its own.
 pub const CODE_PAGES_PER_VM: u32 = 128;
 
-/// Bytes of one text of engine W: a page's words, and where in it traces start.
-pub const TEXT_BYTES: u32 = 2 * FRAME_BYTES;
-/// Bytes of one trace of engine W: 32 lanes of 16 bytes.
+/// Bytes of one text of engine W: a page's words, where in it traces start, and what was learned of its branches.
+pub const TEXT_BYTES: u32 = 2 * FRAME_BYTES + FRAME_BYTES / 4;
+/// Bytes of one trace of engine W: 32 lanes of 16 bytes. With k VMs in a warp a trace has 32 / k lanes.
 pub const TRACE_BYTES: u32 = 512;
 /// Texts that a VM may make before the host clears them all, and one more for every 2^20 steps.
 pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
 pub const TRACES_PER_VM: u32 = 1 << 16;
-/// Bytes of shared memory that each warp of engine W needs.
-pub const WARP_BYTES: u32 = 1536;
+/// Bytes of shared memory for a VM that has a warp to itself.
+pub const VM_SLOT_ALONE_BYTES: u32 = 1744;
+/// Bytes of shared memory for a VM that shares its warp with others.
+pub const VM_SLOT_SHARED_BYTES: u32 = 976;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use emulator::backend::cuda::Gpus;
+use emulator::backend::cuda::{EngineChoice, Gpus};
 use emulator::console::place::{self, Place};
 use emulator::fleet::capacity::parse_size;
 use emulator::net::fault::Fault;
@@ -190,6 +190,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "NUMBER")]
     pub seed: Option<u64>,
 
+    /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size.
+    #[arg(long, value_name = "auto|w", default_value = "auto", help_heading = "GPU tuning")]
+    pub engine: EngineChoice,
+
     /// Launch queues of each GPU: while one runs, the host serves the VMs of another.
     #[arg(long, value_name = "K", default_value_t = 2, help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -282,6 +286,10 @@ pub struct LockstepArgs {
     /// GPUs that share the VMs, by their numbers, or all of them.
     #[arg(long, value_name = "N,N...|all", default_value = "0")]
     pub gpus: Gpus,
+
+    /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size.
+    #[arg(long, value_name = "auto|w", default_value = "auto")]
+    pub engine: EngineChoice,
 
     /// Registers of each GPU thread [default: by the fleet's size].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]

@@ -24,11 +24,7 @@ struct Warp {
     u32 turn[LANES]; // meetings that each lane has come to
     u32 lane;
     u32 finished;
-    WarpCache cache;
-    // one slice
-    WarpPlace place;
-    const SliceRequest *request;
-    SliceResult *result;
+    VmSlot slots[VMS_PER_WARP]; // the first one has a VM
     // fibers
 #if defined(__x86_64__)
     void *stacks[LANES + 1];
@@ -80,14 +76,14 @@ const Meeting &meet(u32 what, u64 value) {
 }
 
 void lane_main() {
-    warp_slice(warp->place, warp->request, warp->result);
+    warp_slices(warp->slots, warp->slots->pool);
     warp->finished++;
     go_to(warp->lane + 1); // after the last lane: back to the caller
     abort();
 }
 } // namespace
 
-WarpCache &warp_cache() { return warp->cache; }
+VmSlot *warp_slots() { return warp->slots; }
 u32 warp_lane() { return warp->lane; }
 void warp_sync() { meet(SYNC, 0); }
 u32 warp_ballot(bool vote) {
@@ -107,8 +103,9 @@ static void code_memory(Pool *pool) {
     pool->text_count = pool->trace_count = 0;
     pool->text_ptr = (u64)(uintptr_t)malloc((u64)texts * sizeof(Text));
     pool->text_table_ptr = (u64)(uintptr_t)malloc(slots * 4);
-    pool->trace_ptr = (u64)(uintptr_t)malloc(((u64)traces * TRACE_LANES + 1) * sizeof(TraceLane));
+    pool->trace_ptr = (u64)(uintptr_t)malloc(((u64)traces * VM_LANES + 1) * sizeof(TraceLane));
     pool->trace_ptr = (pool->trace_ptr + sizeof(TraceLane) - 1) & ~(u64)(sizeof(TraceLane) - 1);
+    memset((void *)(uintptr_t)pool->trace_ptr, 0, VM_LANES * sizeof(TraceLane));
     memset((void *)(uintptr_t)pool->text_table_ptr, 0, slots * 4);
     // The threaded engine's code pages mean nothing here.
     memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
@@ -123,8 +120,8 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     }
     if (!pool->text_ptr) code_memory(pool);
     Warp *w = warp;
-    w->place.vm = vm, w->place.pool = pool, w->place.mail = mail;
-    w->request = request, w->result = result, w->finished = 0;
+    for (u32 i = 0; i < VMS_PER_WARP; i++) slot_open(&w->slots[i], i ? 0 : vm, pool, mail, request, result);
+    w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {
         w->turn[lane] = 0;
         u8 *top = w->memory + (u64)(lane + 1) * STACK;

@@ -226,6 +226,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "N,N...|all")]
     pub gpus: Option<String>,
 
+    /// How GPUs run them.
+    #[command(flatten)]
+    pub tuning: TuningArgs,
+
     /// How the VMs' network reaches the host: TCP to 127.0.0.1 (user), a network device that needs privileges (tun), or
     /// not at all (off) [default: the profile's].
     #[arg(long, value_parser = ["user", "tun", "off"])]
@@ -274,6 +278,31 @@ pub struct RunArgs {
     /// folder].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// How GPUs run VMs. The emulator checks the values.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "GPU tuning")]
+pub struct TuningArgs {
+    /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size [default: auto].
+    #[arg(long, value_name = "auto|w")]
+    pub engine: Option<String>,
+
+    /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: 2].
+    #[arg(long, value_name = "K")]
+    pub gpu_queues: Option<u32>,
+
+    /// How long a launch is to take [default: 8].
+    #[arg(long, value_name = "MS")]
+    pub gpu_slice: Option<u32>,
+
+    /// Registers of each GPU thread [default: by the fleet's size].
+    #[arg(long, value_name = "K")]
+    pub gpu_registers: Option<u32>,
+
+    /// Warps in each block [default: by the fleet's size].
+    #[arg(long, value_name = "K")]
+    pub gpu_warps: Option<u32>,
 }
 
 /// What the network allows, shows and breaks. The emulator checks the values.

@@ -53,6 +53,20 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     if let Some(gpus) = &args.gpus {
         give("gpus", gpus);
     }
+    let tuning = &args.tuning;
+    if let Some(engine) = &tuning.engine {
+        give("engine", engine);
+    }
+    for (flag, value) in [
+        ("gpu-queues", tuning.gpu_queues),
+        ("gpu-slice", tuning.gpu_slice),
+        ("gpu-registers", tuning.gpu_registers),
+        ("gpu-warps", tuning.gpu_warps),
+    ] {
+        if let Some(value) = value {
+            give(flag, &value);
+        }
+    }
     let net = match defaults.net {
         Net::User => "user",
         Net::Tun => "tun",

@@ -1,6 +1,7 @@
 //! The CUDA back end: the machine of `kernels/`, compiled at start for the device at hand. Each VM lives on one device,
 //! with its hart, devices and RAM; the host keeps mailboxes in memory that both reach.
 
+mod choice;
 mod cubin;
 mod device;
 mod driver;
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use super::nvrtc::Compiler;
 use super::{Engine, EngineError, Machines, MemoryUse};
-use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, TRACE_BYTES, Vm};
+use crate::abi::{FRAME_BYTES, Mailbox, TEXT_BYTES, Vm};
 use crate::fleet::capacity::size;
 use crate::mailbox::MailboxRef;
 use crate::memory::{BootMemory, SharedFrames};
@@ -28,6 +29,7 @@ use driver::{Context, Driver};
 use engine::CudaEngine;
 use plan::Demand;
 
+pub use choice::{EngineChoice, EngineKind};
 pub use driver::{CallError, OpenError, Resources};
 pub use error::Error;
 
@@ -80,6 +82,8 @@ pub struct Config {
     pub epoch_ns: u64,
     /// Seed of the VMs' entropy. `None`: drawn from the host for each VM.
     pub seed: Option<u64>,
+    /// How many VMs share a warp.
+    pub engine: EngineChoice,
     /// Launch queues of each device.
     pub engines: u32,
     /// How long a launch is to take.
@@ -133,7 +137,10 @@ fn open_devices(gpus: &Gpus) -> Result<Opened, Error> {
 /// VMs that fit on the devices if each may write `written` bytes of its RAM.
 pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Error> {
     let shared = SharedFrames::new(boot)?;
-    let demand = Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count };
+    // Decoded code takes the same room in every engine.
+    let trace_bytes = EngineKind::W.trace_bytes();
+    let demand =
+        Demand { vms: 0, pages: shared.table.len() as u32, shared_frames: shared.count, trace_bytes };
     let (_, _, free) = open_devices(gpus)?;
     Ok(free.iter().map(|free| demand.most(*free, written)).sum())
 }
@@ -142,8 +149,9 @@ impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
         let shared = SharedFrames::new(&config.boot)?;
-        let compiler = Compiler::find(&config.compilers)?;
+        // Who has no driver needs no compiler.
         let (driver, contexts, free) = open_devices(&config.gpus)?;
+        let compiler = Compiler::find(&config.compilers)?;
         let cache = cubin::cache_folder();
         let devices = contexts
             .into_iter()
@@ -176,7 +184,8 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
+                "; engine {}, {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
+                device.kind.name(),
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
@@ -230,16 +239,6 @@ impl CudaMachines {
         let device = &self.devices[at];
         (device, vm - device.range.start)
     }
-
-    fn warps_per_block(&self, device: &Device) -> u32 {
-        // Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that many VMs need larger ones.
-        let each = (device.range.len() as u32).div_ceil(device.context.properties().multiprocessors.max(1));
-        self.config.warps_per_block.unwrap_or(match each {
-            0..=16 => 1,
-            17..=32 => 2,
-            _ => 4,
-        })
-    }
 }
 
 impl Machines for CudaMachines {
@@ -248,7 +247,9 @@ impl Machines for CudaMachines {
     }
 
     fn engine(&self) -> String {
-        "w".into()
+        let mut names: Vec<&str> = self.devices.iter().map(|device| device.kind.name()).collect();
+        names.dedup();
+        names.join("+")
     }
 
     fn vms(&self) -> u32 {
@@ -265,9 +266,8 @@ impl Machines for CudaMachines {
             let vms = device.range.len() as u32;
             let count = self.config.engines.clamp(1, vms.max(1));
             for _ in 0..count {
-                let warps = self.warps_per_block(device);
                 let batch = vms.div_ceil(count);
-                let engine = CudaEngine::new(Arc::clone(device), part, batch, warps, self.config.target)
+                let engine = CudaEngine::new(Arc::clone(device), part, batch, self.config.target)
                     .map_err(|error| EngineError(format!("no engine on the GPU: {error}")))?;
                 engines.push(Box::new(engine));
             }
@@ -294,7 +294,7 @@ impl Machines for CudaMachines {
             sum.shared_bytes += u64::from(self.shared_frames) * frame;
             sum.private_bytes += frames * frame;
             let code = u64::from(device.plan.texts) * u64::from(TEXT_BYTES)
-                + u64::from(device.plan.traces()) * u64::from(TRACE_BYTES);
+                + u64::from(device.plan.traces) * u64::from(device.kind.trace_bytes());
             sum.overhead_bytes += vms * fixed + code;
         }
         sum
@@ -329,6 +329,7 @@ mod tests {
             private_frames: None,
             epoch_ns: 0,
             seed: Some(1),
+            engine: EngineChoice::Auto,
             engines: 2,
             target: TARGET,
             registers: None,

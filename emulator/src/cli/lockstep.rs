@@ -120,6 +120,7 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
         private_frames: None,
         epoch_ns: EPOCH_NS,
         seed,
+        engine: args.engine,
         engines: 1,
         target: Duration::from_millis(8),
         registers: args.gpu_registers,

@@ -133,6 +133,7 @@ fn open_cuda(
         private_frames: None,
         epoch_ns: epoch_ns(args),
         seed: args.seed,
+        engine: args.engine,
         engines: args.gpu_queues,
         target: Duration::from_millis(args.gpu_slice.into()),
         registers: args.gpu_registers,

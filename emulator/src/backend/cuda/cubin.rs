@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
+use super::choice::EngineKind;
 use crate::backend::nvrtc::{Compiler, Error, HEADERS};
 
 /// The kernels' source; the machine's headers come by name.
@@ -34,10 +35,17 @@ pub fn cache_folder() -> Option<PathBuf> {
     Some(root.join("linux-on-gpu").join("cubin"))
 }
 
-/// The kernels for `arch`, with at most `registers` registers a thread.
-pub fn kernels(compiler: &Compiler, arch: &str, registers: u32, cache: Option<&Path>) -> Result<Code, Error> {
+/// The kernels of an engine for `arch`, with at most `registers` registers a thread.
+pub fn kernels(
+    compiler: &Compiler,
+    arch: &str,
+    kind: EngineKind,
+    registers: u32,
+    cache: Option<&Path>,
+) -> Result<Code, Error> {
     let limit = format!("--maxrregcount={registers}");
-    let options = [limit.as_str(), "--generate-line-info"];
+    let sharing = format!("--define-macro=VMS_PER_WARP={}", kind.vms_per_warp());
+    let options = [limit.as_str(), sharing.as_str(), "--generate-line-info"];
     let key = key(compiler.version(), arch, &options, SOURCE, HEADERS);
     cached(cache, &key, || Ok(compiler.cubin(NAME, SOURCE, HEADERS, arch, &options)?.code))
 }

@@ -7,17 +7,18 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use super::Config;
+use super::choice::EngineKind;
 use super::cubin::{self, Code};
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
 use super::error::Error;
 use super::plan::{Demand, DoesNotFit, Plan};
-use crate::abi::{FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, TRACE_BYTES, Vm};
+use crate::abi::{FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::nvrtc::Compiler;
 use crate::backend::start::{self, Identity};
 use crate::memory::SharedFrames;
 
-/// Register budgets, and the VMs per multiprocessor up to which each is the best: with few, each thread may have what
-/// it likes; with many, more warps have to fit.
+/// Register budgets, and the warps per multiprocessor up to which each is the best: with few, each thread may have what
+/// it likes; with many, more of them have to fit.
 const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 /// Threads that set up one VM.
 const SETUP_THREADS: u32 = 128;
@@ -58,6 +59,8 @@ pub(super) struct Device {
     /// Launches share it; a reset, which gives frames back, has it alone.
     pub gate: RwLock<()>,
     pub plan: Plan,
+    pub kind: EngineKind,
+    pub warps_per_block: u32,
     pub registers: u32,
     pub resources: Resources,
     pub code: Code,
@@ -82,10 +85,20 @@ fn no_memory(what: &'static str, bytes: u64, cause: CallError) -> Error {
     if cause.is_out_of_memory() { Error::NoMemory { what, bytes, cause } } else { Error::Call(cause) }
 }
 
-/// The register budget for so many VMs.
-fn registers(vms: u32, multiprocessors: u32) -> u32 {
-    let each = vms.div_ceil(multiprocessors.max(1));
+/// The register budget for so many warps.
+fn registers(warps: u32, multiprocessors: u32) -> u32 {
+    let each = warps.div_ceil(multiprocessors.max(1));
     REGISTERS.iter().find(|(most, _)| each <= *most).map_or(64, |(_, registers)| *registers)
+}
+
+/// Warps in each block for so many of them. Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that
+/// many warps need larger ones.
+fn warps_per_block(warps: u32, multiprocessors: u32) -> u32 {
+    match warps.div_ceil(multiprocessors.max(1)) {
+        0..=16 => 1,
+        17..=32 => 2,
+        _ => 4,
+    }
 }
 
 impl Device {
@@ -100,8 +113,10 @@ impl Device {
         context.make_current()?;
         let properties = context.properties().clone();
         let (vms, pages) = (range.len() as u32, shared.table.len() as u32);
-        let registers = config.registers.unwrap_or(registers(vms, properties.multiprocessors));
-        let code = cubin::kernels(compiler, &properties.arch(), registers, cache)?;
+        let kind = config.engine.pick(vms, properties.multiprocessors);
+        let warps = kind.warps(vms);
+        let registers = config.registers.unwrap_or(registers(warps, properties.multiprocessors));
+        let code = cubin::kernels(compiler, &properties.arch(), kind, registers, cache)?;
         let module = Module::load(&context, &code.cubin)?;
         let (setup, run, reset, forget_code) = (
             module.function(c"machine_setup")?,
@@ -110,8 +125,12 @@ impl Device {
             module.function(c"machine_forget_code")?,
         );
         let resources = run.resources()?;
+        let fit = (properties.shared_bytes / kind.shared_bytes()).clamp(1, 32);
+        let wanted = config.warps_per_block.unwrap_or(warps_per_block(warps, properties.multiprocessors));
+        let warps_per_block = wanted.clamp(1, fit);
+        run.allow_shared(warps_per_block * kind.shared_bytes())?;
 
-        let demand = Demand { vms, pages, shared_frames: shared.count };
+        let demand = Demand { vms, pages, shared_frames: shared.count, trace_bytes: kind.trace_bytes() };
         let (free, _) = context.memory()?;
         let plan = demand.plan(free, config.private_frames).map_err(|DoesNotFit { fits }| {
             let (ordinal, name) = (properties.ordinal, properties.name.clone());
@@ -126,7 +145,7 @@ impl Device {
         let code_of = take(&context, "the code table", words(frames))?;
         let texts = take(&context, "texts", u64::from(plan.texts) * u64::from(TEXT_BYTES))?;
         let text_table = take(&context, "the texts' table", words(plan.slots().into()))?;
-        let traces = take(&context, "traces", u64::from(plan.traces()) * u64::from(TRACE_BYTES))?;
+        let traces = take(&context, "traces", u64::from(plan.traces) * u64::from(kind.trace_bytes()))?;
         let mail = Pinned::<Mailbox>::new(&context, vms as usize)
             .map_err(|cause| no_memory("mailboxes", vms as u64 * size_of::<Mailbox>() as u64, cause))?;
         for vm in 0..vms as usize {
@@ -152,6 +171,8 @@ impl Device {
             code_cleared: Mutex::new(None),
             mail,
             plan,
+            kind,
+            warps_per_block,
             registers,
             resources,
             code,
@@ -196,7 +217,7 @@ impl Device {
             trace_ptr: traces.address(),
             text_capacity: self.plan.texts,
             text_slots: self.plan.slots(),
-            trace_capacity: self.plan.traces(),
+            trace_capacity: self.plan.traces,
             trace_count: 0,
         };
         Ok(self.pool.write(&stream, 0, &[pool])?)
@@ -309,5 +330,6 @@ mod tests {
         assert_eq!([2641, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
         assert_eq!(registers(1024, 20), 64);
         assert_eq!(registers(1, 0), 128);
+        assert_eq!([1, 2112, 2113, 4096, 4225].map(|warps| warps_per_block(warps, 132)), [1, 1, 2, 2, 4]);
     }
 }

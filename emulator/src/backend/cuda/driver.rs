@@ -108,6 +108,8 @@ pub struct Properties {
     pub capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Bytes of shared memory that a block may have, if its kernel asks for it.
+    pub shared_bytes: u32,
 }
 
 impl Properties {
@@ -152,6 +154,7 @@ impl Context {
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         };
         let mut handle = std::ptr::null_mut();
         call!(cuDevicePrimaryCtxRetain(&mut handle, device))?;
@@ -464,6 +467,12 @@ pub struct Resources {
 }
 
 impl Function {
+    /// Lets a block have so many bytes of dynamic shared memory: above 48 KiB a kernel must ask.
+    pub fn allow_shared(&self, bytes: u32) -> Result<(), CallError> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        call!(cuFuncSetAttribute(self.handle, attribute, bytes as i32))
+    }
+
     /// What it takes.
     pub fn resources(&self) -> Result<Resources, CallError> {
         let attribute = |attribute| {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::device::Device;
 use super::driver::{Argument, CallError, Pinned, Stream};
 use super::pace::Pace;
-use crate::abi::{GpuSlice, SliceResult, WARP_BYTES};
+use crate::abi::{GpuSlice, SliceResult};
 use crate::backend::{Engine, EngineError, Slice};
 
 /// How long a launch is waited for without sleeping.
@@ -29,18 +29,11 @@ pub(super) struct CudaEngine {
     list: Pinned<GpuSlice>,
     results: Pinned<SliceResult>,
     batch: u32,
-    warps_per_block: u32,
     pace: Pace,
 }
 
 impl CudaEngine {
-    pub fn new(
-        device: Arc<Device>,
-        part: usize,
-        batch: u32,
-        warps_per_block: u32,
-        target: Duration,
-    ) -> Result<Self, CallError> {
+    pub fn new(device: Arc<Device>, part: usize, batch: u32, target: Duration) -> Result<Self, CallError> {
         device.context.make_current()?;
         Ok(Self {
             stream: Stream::new(&device.context)?,
@@ -49,7 +42,6 @@ impl CudaEngine {
             device,
             part,
             batch,
-            warps_per_block: warps_per_block.clamp(1, 32),
             pace: Pace::new(target),
         })
     }
@@ -82,9 +74,10 @@ impl CudaEngine {
             Argument::Word(count),
             Argument::Address(self.results.address()),
         ];
-        let blocks = count.div_ceil(self.warps_per_block);
-        let shared = self.warps_per_block * WARP_BYTES;
-        self.stream.launch(&device.run, blocks, self.warps_per_block * 32, shared, &mut arguments)
+        let warps = device.warps_per_block;
+        let blocks = device.kind.warps(count).div_ceil(warps);
+        let shared = warps * device.kind.shared_bytes();
+        self.stream.launch(&device.run, blocks, warps * 32, shared, &mut arguments)
     }
 
     /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after.

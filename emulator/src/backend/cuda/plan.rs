@@ -1,12 +1,12 @@
 //! What goes where in a device's memory, and how many VMs fit. Pure arithmetic.
 
-use crate::abi::{FRAME_BYTES, FRAME_MASK, Pool, TEXT_BYTES, TRACE_BYTES, Vm};
+use crate::abi::{FRAME_BYTES, FRAME_MASK, Pool, TEXT_BYTES, Vm};
 
 /// Decoded code, which all VMs share, takes this share of the memory at most, in percent.
 const CODE_PERCENT: u64 = 2;
-/// Texts, and traces for each of them: what booting Linux makes is 350 and 25,000.
+/// Texts, and bytes of traces for each of them: what booting Linux makes is 350, with 25,000 traces of 512 bytes.
 const TEXTS: std::ops::RangeInclusive<u64> = 512..=8192;
-const TRACES_PER_TEXT: u64 = 32;
+const TRACES_COST: u64 = 32 * 512;
 /// Entries of the hash table for each text.
 const SLOTS_PER_TEXT: u64 = 4;
 /// Left to the driver: stacks of the kernels, other programs' small needs.
@@ -18,7 +18,7 @@ const WRITTEN_LEAST: u64 = 1 << 20;
 /// A frame with its entries in the ring and in the code table.
 const FRAME_COST: u64 = FRAME_BYTES as u64 + 4 + 4;
 /// A text with its traces and its part of the hash table.
-const CODE_COST: u64 = TEXT_BYTES as u64 + TRACES_PER_TEXT * TRACE_BYTES as u64 + SLOTS_PER_TEXT * 4;
+const CODE_COST: u64 = TEXT_BYTES as u64 + TRACES_COST + SLOTS_PER_TEXT * 4;
 
 /// What is to go in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct Demand {
     pub pages: u32,
     /// Frames that all VMs share.
     pub shared_frames: u32,
+    /// Bytes of each trace, which depend on the engine.
+    pub trace_bytes: u32,
 }
 
 /// How a device's memory is shared out.
@@ -38,6 +40,8 @@ pub struct Plan {
     pub private_frames: u32,
     /// Texts there is room for, a power of two.
     pub texts: u32,
+    /// Traces there is room for.
+    pub traces: u32,
     /// Bytes of device memory in all.
     pub bytes: u64,
 }
@@ -105,16 +109,12 @@ impl Demand {
             return None;
         }
         let bytes = fixed + shared + code + frames * FRAME_COST;
-        Some(Plan { private_frames: frames as u32, texts: texts as u32, bytes })
+        let traces = (texts * TRACES_COST / u64::from(self.trace_bytes)) as u32;
+        Some(Plan { private_frames: frames as u32, texts: texts as u32, traces, bytes })
     }
 }
 
 impl Plan {
-    /// Traces there is room for.
-    pub fn traces(&self) -> u32 {
-        self.texts * TRACES_PER_TEXT as u32
-    }
-
     /// Entries of the hash table of texts, a power of two.
     pub fn slots(&self) -> u32 {
         self.texts * SLOTS_PER_TEXT as u32
@@ -150,14 +150,16 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn demand(vms: u32) -> Demand {
-        Demand { vms, pages: 4096, shared_frames: 900 }
+        Demand { vms, pages: 4096, shared_frames: 900, trace_bytes: 512 }
     }
 
     #[test]
     fn a_small_fleet_gets_all_it_could_ever_use() {
         let plan = demand(64).plan(78 * GIB, None).unwrap();
         assert_eq!(plan.private_frames, 64 * 4096);
-        assert_eq!((plan.texts, plan.traces()), (8192, 1 << 18));
+        assert_eq!((plan.texts, plan.traces), (8192, 1 << 18));
+        let shorter = Demand { trace_bytes: 64, ..demand(64) }.plan(78 * GIB, None).unwrap();
+        assert_eq!(shorter, Plan { traces: 1 << 21, ..plan });
         assert!(plan.bytes < 2 * GIB);
     }
 
@@ -184,7 +186,7 @@ mod tests {
 
     #[test]
     fn as_many_as_can_write_so_much() {
-        let small = Demand { vms: 0, pages: 2048, shared_frames: 900 };
+        let small = Demand { vms: 0, pages: 2048, shared_frames: 900, trace_bytes: 512 };
         let most = small.most(78 * GIB, 3 << 20);
         assert!((26_000..26_700).contains(&most), "{most}");
         let plan = Demand { vms: most, ..small }.plan(78 * GIB, None).unwrap();
