@@ -347,7 +347,7 @@ pub struct EmulatorArgs {
 /// `cargo xtask doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Install what needs no rights: NVRTC, into our cache.
+    /// Install what is missing: as root the distribution's packages, and NVRTC into our cache.
     #[arg(long)]
     pub fix: bool,
 }
