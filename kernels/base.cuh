@@ -5,10 +5,14 @@
 #define MACHINE_GPU 1
 #define FN __device__ __forceinline__
 #define SLOW __device__ __noinline__
+#define TABLE __device__ const // made when the kernels are compiled, by a MAKES_TABLE constructor
+#define MAKES_TABLE __device__ constexpr
 #else
 #define MACHINE_GPU 0
 #define FN static inline __attribute__((always_inline))
 #define SLOW static __attribute__((noinline))
+#define TABLE static constexpr
+#define MAKES_TABLE constexpr
 #endif
 
 #if defined(__CUDACC_RTC__)

@@ -48,23 +48,64 @@ SLOW u64 entropy_word(Hart &h) {
     return v0 ^ v1 ^ v2 ^ v3;
 }
 
+// What of a CSR is a word of the hart: what the others are made of, and what a write changes. Null for those
+// that cannot be written.
+FN u32 *csr_word(Hart &h, u32 number) {
+    switch (number) {
+    case CSR_SSTATUS: return &h.sstatus;
+    case CSR_SIE: return &h.sie;
+    case CSR_STVEC: return &h.stvec;
+    case CSR_SCOUNTEREN: return &h.scounteren;
+    case CSR_SENVCFG: return &h.senvcfg;
+    case CSR_SSCRATCH: return &h.sscratch;
+    case CSR_SEPC: return &h.sepc;
+    case CSR_SCAUSE: return &h.scause;
+    case CSR_STVAL: return &h.stval;
+    case CSR_SIP: return &h.sip;
+    case CSR_SATP: return &h.satp;
+    default: return 0;
+    }
+}
+// What a CSR holds after a write of `value`.
+FN u32 csr_kept(u32 number, u32 value) {
+    switch (number) {
+    case CSR_SSTATUS: return value & SSTATUS_MASK;
+    case CSR_SIE: return value & IP_MASK;
+    case CSR_STVEC: return value & ~2u; // direct or vectored
+    case CSR_SCOUNTEREN: return value & 7;
+    case CSR_SENVCFG: return value & 1;
+    case CSR_SEPC: return value & ~3u;
+    case CSR_SIP: return value & IP_SSIP; // STIP and SEIP are read-only here
+    default: return value;
+    }
+}
+// Events that come up when a CSR that held `old` holds `value`.
+FN u32 csr_events(u32 number, u32 old, u32 value) {
+    u32 changed = old ^ value;
+    switch (number) {
+    case CSR_SSTATUS:
+        return (changed & value & SSTATUS_SIE ? EV_CHECK : EV_NONE) |
+               (changed & SSTATUS_SUM ? EV_MODE : EV_NONE) | (changed & SSTATUS_MXR ? EV_FLUSH : EV_NONE);
+    case CSR_SIE:
+    case CSR_SIP: return EV_CHECK;
+    case CSR_SATP: return EV_FLUSH;
+    default: return EV_NONE;
+    }
+}
+// CSRRW, CSRRS, CSRRC and their immediate forms: whether `insn` writes, and what, where `base` was.
+FN bool csr_writes(u32 insn) { return (insn >> 12 & 3) == 1 || (insn >> 15 & 31) != 0; }
+FN u32 csr_operand(u32 insn, u32 base, u32 rs1_value) {
+    u32 f3 = insn >> 12 & 7, operand = f3 & 4 ? insn >> 15 & 31 : rs1_value;
+    return (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? base | operand : base & ~operand;
+}
+
 // Reads a CSR; false when it does not exist for this mode.
 FN bool csr_read(Machine &m, u32 number, u32 &value) {
     Hart &h = m.vm->hart;
     if ((number >> 8 & 3) > h.mode) return false;
-    switch (number) {
-    case CSR_SSTATUS: value = h.sstatus; return true;
-    case CSR_SIE: value = h.sie; return true;
-    case CSR_STVEC: value = h.stvec; return true;
-    case CSR_SCOUNTEREN: value = h.scounteren; return true;
-    case CSR_SENVCFG: value = h.senvcfg; return true;
-    case CSR_SSCRATCH: value = h.sscratch; return true;
-    case CSR_SEPC: value = h.sepc; return true;
-    case CSR_SCAUSE: value = h.scause; return true;
-    case CSR_STVAL: value = h.stval; return true;
-    case CSR_SIP: value = pending_interrupts(*m.vm); return true;
-    case CSR_SATP: value = h.satp; return true;
-    default: break;
+    if (const u32 *word = csr_word(h, number)) {
+        value = number == CSR_SIP ? pending_interrupts(*m.vm) : *word;
+        return true;
     }
     // Counters. hpmcounters are not implemented: mcounteren keeps them from S and U.
     if ((number & ~0x80u) < CSR_CYCLE || (number & ~0x80u) > CSR_INSTRET) return false;
@@ -75,45 +116,16 @@ FN bool csr_read(Machine &m, u32 number, u32 &value) {
 }
 
 FN void csr_write(Machine &m, u32 number, u32 value) {
-    Hart &h = m.vm->hart;
-    switch (number) {
-    case CSR_SSTATUS: {
-        u32 changed = h.sstatus ^ value;
-        h.sstatus = value & SSTATUS_MASK;
-        if (changed & value & SSTATUS_SIE) m.events |= EV_CHECK;
-        if (changed & SSTATUS_SUM) m.events |= EV_MODE;
-        if (changed & SSTATUS_MXR) m.events |= EV_FLUSH;
-        break;
-    }
-    case CSR_SIE:
-        h.sie = value & IP_MASK;
-        m.events |= EV_CHECK;
-        break;
-    case CSR_STVEC: h.stvec = value & ~2u; break; // direct or vectored
-    case CSR_SCOUNTEREN: h.scounteren = value & 7; break;
-    case CSR_SENVCFG: h.senvcfg = value & 1; break;
-    case CSR_SSCRATCH: h.sscratch = value; break;
-    case CSR_SEPC: h.sepc = value & ~3u; break;
-    case CSR_SCAUSE: h.scause = value; break;
-    case CSR_STVAL: h.stval = value; break;
-    case CSR_SIP:
-        h.sip = value & IP_SSIP; // STIP and SEIP are read-only here
-        m.events |= EV_CHECK;
-        break;
-    case CSR_SATP:
-        h.satp = value;
-        m.events |= EV_FLUSH;
-        break;
-    default: break;
-    }
+    u32 *word = csr_word(m.vm->hart, number);
+    if (!word) return;
+    value = csr_kept(number, value);
+    m.events |= csr_events(number, *word, value);
+    *word = value;
 }
 
-// CSRRW, CSRRS, CSRRC and their immediate forms on CSR `number`, which `insn` names. False: illegal
-// instruction.
+// A CSR instruction on CSR `number`, which `insn` names. False: illegal instruction.
 FN bool csr_operate(Machine &m, u32 number, u32 insn, u32 rs1_value, u32 &result) {
-    u32 f3 = insn >> 12 & 7, rs1 = insn >> 15 & 31;
-    u32 operand = f3 & 4 ? rs1 : rs1_value;
-    bool writes = (f3 & 3) == 1 || rs1 != 0;
+    bool writes = csr_writes(insn);
     if (number == CSR_SEED) { // must be written to be read; U mode may poll it too (sseed and useed are set)
         if (!writes) return false;
         result = 2u << 30 | (u32)(entropy_word(m.vm->hart) & 0xffff); // OPST = ES16: 16 fresh bits
@@ -122,10 +134,7 @@ FN bool csr_operate(Machine &m, u32 number, u32 insn, u32 rs1_value, u32 &result
     if (writes && (number >> 10) == 3) return false; // read-only
     u32 old;
     if (!csr_read(m, number, old)) return false;
-    if (writes) {
-        u32 base = number == CSR_SIP ? m.vm->hart.sip : old;
-        csr_write(m, number, (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? base | operand : base & ~operand);
-    }
+    if (writes) csr_write(m, number, csr_operand(insn, number == CSR_SIP ? m.vm->hart.sip : old, rs1_value));
     result = old;
     return true;
 }

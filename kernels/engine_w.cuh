@@ -17,13 +17,13 @@ FN Machine machine_at(const VmSlot *slot) {
 #define MODE_U_KEY 4u
 FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? 12 : 8; }
 
-FN void forget_fetches(VmSlot *slot) {
+// Which 4 MiB have large pages among the translations at hand: a bit for many of them.
+FN u32 large_mark(u32 va) { return 1u << ((va >> 22 ^ va >> 27) & 31); }
+FN void forget_all(VmSlot *slot) {
+    if (warp_lane() == 0) slot->large = 0;
+    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32) slot->data[i].tag = 0;
     for (u32 i = warp_lane(); i < FETCH_ENTRIES; i += 32) slot->fetch[i].tag = 0;
     warp_sync();
-}
-FN void forget_all(VmSlot *slot) {
-    for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32) slot->data[i].tag = 0;
-    forget_fetches(slot);
 }
 FN void forget_data_of(VmSlot *slot, u32 frame) {
     for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32)
@@ -37,16 +37,19 @@ FN u32 forget(VmSlot *slot, const Machine &m) {
         forget_all(slot);
     } else {
         u32 lane = warp_lane();
-        if (events & EV_FLUSH_PAGE) { // a large page may sit in several entries: its 4 MiB in all of them
-            u32 va = warp_shuffle(m.flush_va, 0) >> 22;
+        if (events & EV_FLUSH_PAGE) {
+            // Of a large page any part may be at hand: then all that is in its 4 MiB.
+            u32 va = warp_shuffle(m.flush_va, 0), low = slot->large & large_mark(va) ? 22 : 12;
             for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-                if (slot->data[i].tag >> 22 == va) slot->data[i].tag = 0;
+                if (slot->data[i].tag >> low == va >> low) slot->data[i].tag = 0;
             for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
-                if (slot->fetch[i].tag >> 22 == va) slot->fetch[i].tag = 0;
+                if (slot->fetch[i].tag >> low == va >> low) slot->fetch[i].tag = 0;
         }
         if (events & EV_FLUSH_FRAME) {
             forget_data_of(slot, warp_shuffle(m.flush_frame, 0));
-            if (warp_shuffle(m.flush_code, 0)) forget_fetches(slot);
+            u32 text = warp_shuffle(m.flush_code, 0) - 1;
+            for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
+                if (slot->fetch[i].text == text) slot->fetch[i].tag = 0;
         }
         warp_sync();
     }
@@ -107,6 +110,7 @@ SLOW bool warp_fill(VmSlot *slot, u32 va, bool store) {
         Walk walk = translate(m, va, store ? ACCESS_STORE : ACCESS_LOAD);
         if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < m.vm->ram.pages)
             page = (u32)walk.pa / FRAME_BYTES, dirty = store || walk.is_dirty;
+        if (walk.is_leaf_large) slot->large |= large_mark(va);
     }
     warp_sync();
     forget(slot, m); // a page table may have moved
@@ -149,6 +153,7 @@ SLOW WarpFetch warp_fetch(VmSlot *slot, u32 pc) {
             m.events |= EV_CHECK;
         } else {
             frame = m.table[walk.pa / FRAME_BYTES] & FRAME_MASK;
+            if (walk.is_leaf_large) slot->large |= large_mark(pc);
         }
     }
     warp_sync();
@@ -206,6 +211,12 @@ FN bool lane_leaves(u32 op, u32 a, u32 b) {
     return ((op & 7) == T_BRANCH) & (meets != (bool)(op & BRANCH_INVERT << 3));
 }
 
+// The last level that counts if the trace is left at the first of `leaving`; at most `last`.
+FN u32 last_needed(u32 leaving, u32 member, u32 op, u32 last) {
+    u32 needed = warp_max((leaving ^ (leaving - 1)) >> member & 1 ? op >> 28 & 7 : 0);
+    return needed < last ? needed : last;
+}
+
 // Classes whose target is in the immediate.
 #define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
 
@@ -221,44 +232,37 @@ enum Leave : u32 {
     LEAVE_LEARN
 };
 
-// The commonest of the instructions that are not for lanes, by all lanes alike and with nothing to look up:
-// AMOs on pages at hand, and CSRs without effect on what comes next. Not done: leave it to warp_step.
-FN bool warp_quick(VmSlot *slot, u32 insn, u32 mode) {
-    Hart &h = slot->vm->hart;
-    u32 f3 = insn >> 12 & 7, rd = insn >> 7 & 31, rs1 = insn >> 15 & 31, value = 0;
-    u32 a = read_through(&slot->x[rs1]), b = read_through(&slot->x[insn >> 20 & 31]);
-    if ((insn & 0x7f) == 0x2f) {
-        Uop u = decode(insn, 0);
-        if (u.op < OP_AMOSWAP || u.op > OP_AMOMAXU || a & 3) return false;
+// The commonest of the instructions that are not for lanes, by all lanes alike and with little to look up:
+// AMOs on pages at hand, and CSRs that are words of the hart. Not done: leave it to warp_step.
+FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
+    Vm *vm = slot->vm;
+    Hart &h = vm->hart;
+    Uop u = decode(insn, 0);
+    u32 a = read_through(&slot->x[u.rs1]), b = read_through(&slot->x[u.rs2]), value = 0;
+    if (u.op >= OP_AMOSWAP && u.op <= OP_AMOMAXU) {
         DataEntry entry = cached_data(slot_place(slot), a);
-        if (entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return false;
+        if (a & 3 || entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return false;
         u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
         value = load_word(host);
         warp_sync();
         if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, value, b);
     } else {
-        if ((insn & 0x7f) != 0x73 || !(f3 & 3) || mode == MODE_U_KEY) return false;
-        u32 number = insn >> 20, *field = 0;
-        if (number == CSR_SSTATUS) field = &h.sstatus;
-        if (number == CSR_SSCRATCH) field = &h.sscratch;
-        if (number == CSR_SEPC) field = &h.sepc;
-        if (number == CSR_SCAUSE) field = &h.scause;
-        if (number == CSR_STVAL) field = &h.stval;
-        if (!field) return false;
-        value = read_through(field);
-        u32 operand = f3 & 4 ? rs1 : a;
+        u32 number = insn >> 20;
+        bool traps = number >= CSR_SSCRATCH && number <= CSR_STVAL; // what a trap leaves in the hart
+        if (u.op != OP_CSR || mode == MODE_U_KEY || !(traps || number == CSR_SSTATUS)) return false;
+        u32 *word = csr_word(h, number);
+        value = read_through(word);
+        u32 next = csr_writes(insn) ? csr_kept(number, csr_operand(insn, value, a)) : value;
+        u32 events = csr_events(number, value, next);
+        if (events & ~(EV_CHECK | EV_MODE)) return false;
+        // Interrupts that may come now: are there any?
+        if (events & EV_CHECK && (vm->rtc.armed || pending_interrupts(*vm) & h.sie)) return false;
         warp_sync(); // all have read it
-        u32 next = (f3 & 3) == 1 ? operand : (f3 & 3) == 2 ? value | operand : value & ~operand;
-        if ((f3 & 3) != 1 && rs1 == 0) next = value; // only read
-        if (number == CSR_SSTATUS) {
-            next &= SSTATUS_MASK;
-            u32 changed = value ^ next;
-            if (changed & (SSTATUS_SUM | SSTATUS_MXR) || changed & next & SSTATUS_SIE) return false;
-        }
-        if (number == CSR_SEPC) next &= ~3u;
-        if (warp_lane() == 0) *field = next;
+        if (warp_lane() == 0) *word = next;
+        warp_sync();
+        mode = mode_key(h);
     }
-    if (warp_lane() == rd && rd) slot->x[rd] = value;
+    if (warp_lane() == u.rd) slot->x[u.rd] = value;
     warp_sync();
     return true;
 }
@@ -282,12 +286,13 @@ SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
     FetchEntry fetch = slot->fetch[s.start / FRAME_BYTES % FETCH_ENTRIES];
     FetchEntry there = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
     bool branch = !(s.which & LEARN_PAGE);
-    bool useful = fetch.tag == (PAGE_OF(s.start) | s.mode) && (branch || there.tag == (PAGE_OF(s.pc) | s.mode));
+    bool useful =
+        fetch.tag == (PAGE_OF(s.start) | s.mode) && (branch || there.tag == (PAGE_OF(s.pc) | s.mode));
     if (warp_lane() == 0 && useful) {
         u8 *hint = &text_at(slot->pool, s.where / TEXT_WORDS)->hints[s.where % TEXT_WORDS];
         u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE, way = (s.which & 1) | HINT_KNOWN;
         bool agrees = branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
-        if (agrees || !(chance & ((1u << changes) - 1))) {
+        if (agrees || !(chance & ((1u << 2 * changes) - 1))) {
             if (!agrees) {
                 if (changes < HINT_CHANGES_MAX) changes++;
                 *hint = (u8)((branch ? way : seen & (HINT_KNOWN | HINT_TAKEN)) | changes * HINT_CHANGE);
@@ -419,7 +424,12 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             waiting = VM_LANES == 32 ? 0 : waiting & ~(VM_LANES_MASK << number * VM_LANES);
         }
-        if (warp_ballot(!over) == 0) break;
+        if (VM_LANES == 32) { // all lanes say the same, and the compiler is to know it
+            if (warp_or(over)) return;
+            pc = warp_or(pc), left = warp_or(left), tick = warp_or(tick), leave = LEAVE_NOT, next = 0;
+        } else if (warp_ballot(!over) == 0) {
+            return;
+        }
         for (;;) {
             u32 trace = next - 1, page = PAGE_OF(pc);
             if (next == 0) {
@@ -430,9 +440,9 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 // Another warp may just have made it, and lanes could see it before and after.
                 if (trace >= BUSY - 1) leave = LEAVE_TRACE;
                 if (!here) leave = LEAVE_FETCH;
-                if (VM_LANES == 32 && UNLIKELY(warp_ballot(leave != LEAVE_NOT))) {
+                if (VM_LANES == 32) {
                     leave = warp_max(leave);
-                    break;
+                    if (UNLIKELY(leave != LEAVE_NOT)) break;
                 }
             }
             if (VM_LANES < 32) {
@@ -453,10 +463,9 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             u32 follows = load_word(index + (leads ? onward & ~3u : 0));
             // What each level has to do: uniform.
             const u32 levels = warp_or(1u << (more >> 27) | (more >> 16 & 1) << 31);
-            u32 last = last_of((levels | levels >> 8 | levels >> 16 | (levels >> 24 & 0x7f)) & 0xff);
-            // Lanes at which the trace is left for certain, and those among them whose instruction has not
-            // happened.
-            u32 stopped = bit_or_none(left), leaving = 0;
+            u32 last = warp_max(op >> 28 & 7);
+            // Lanes at which the trace is left, and those among them whose instruction has not happened.
+            u32 stopped = bit_or_none(left);
             if (levels >> 31) { // in part on other pages: are they still there?
                 FetchEntry fetch = cached_fetch(slot, here);
                 bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == (more & 0xffff));
@@ -464,12 +473,12 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 stopped |= group_ballot(gone);
                 if (gone) here &= ~3u;
             }
+            u32 leaving = stopped;
             const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
             const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
             const u32 sums = byte_sign<3>(op);
             u32 value = (here & ~3u) + 4; // of jumps: the link
             for (u32 round = 0;; round++) {
-                forget_origin(op);
                 u32 operand = b + addend;
                 u32 result =
                     ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
@@ -478,10 +487,13 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                     if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, a, operand);
                 }
                 if (simple) value = result;
+                if (levels >> MARK_BRANCH >> round & 1) {
+                    u32 turning = group_ballot(((op >> 28 & 7) == round) & lane_leaves(op, a, b));
+                    leaving |= turning;
+                    if (VM_LANES == 32 ? turning : warp_ballot(turning))
+                        last = last_needed(leaving, member, op, last);
+                }
                 if ((levels | levels >> MARK_STORE) >> round & 1) {
-                    u32 decided = warp_ballot(((op >> 28 & 7) <= round) & lane_leaves(op, a, b));
-                    if (VM_LANES < 32) decided = decided >> (lane - member) & VM_LANES_MASK;
-                    leaving = stopped | decided;
                     u32 va = a + t.imm;
                     u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
                     DataEntry entry = cached_data(slot, va);
@@ -500,13 +512,14 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                         u32 miss_va = group_shuffle(va, first_of(missing));
                         u32 miss_store = group_shuffle((u32)stores, first_of(missing));
                         if (missing) {
-                            leaving = stopped |= missing;
+                            stopped |= missing, leaving |= missing;
                             if (!(undecided & lanes_before(missing))) {
                                 where = miss_va, which = miss_store;
                                 if (missing >> member & 1)
                                     here = (here & ~3u) | (va & alignment(op >> 3 & 3) ? END_STEP : END_FILL);
                             }
                         }
+                        last = last_needed(leaving, member, op, last);
                     }
                     ok &= mine;
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
@@ -521,10 +534,6 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                             lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
                         warp_sync();
                     }
-                    if (VM_LANES == 32 ? leaving : warp_ballot(leaving)) {
-                        u32 needed = warp_max((leaving ^ (leaving - 1)) >> member & 1 ? op >> 28 & 7 : 0);
-                        if (needed < last) last = needed;
-                    }
                 }
                 if (round >= last) break;
                 u32 made_a = group_shuffle(value, op >> 8), made_b = group_shuffle(value, op >> 16);
@@ -533,7 +542,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             // Where it goes on, and which lanes count.
             u32 kind = op & 7, target = lane_page + t.imm;
-            bool stops = stopped >> member & 1, turns = lane_leaves(op, a, b);
+            bool stops = stopped >> member & 1, turns = (leaving & ~stopped) >> member & 1; // a branch
             if (kind == T_JALR) {
                 target = ((a + t.imm) & ~1u) | END_BEHIND;
                 if (target & 2) here = (here & ~3u) | END_STEP;
@@ -548,9 +557,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             if (!behind) target = here;
             if (!leads || stops || (!behind && kind != T_EXIT)) follows = 0;
-            u32 done = warp_ballot((kind >= T_JUMP) | turns | ends);
-            if (VM_LANES < 32) done = done >> (lane - member) & VM_LANES_MASK;
-            leaving = stopped | done;
+            leaving |= group_ballot((kind >= T_JUMP) | ends);
             leaving &= ~leaving + 1;
             u32 counted = leaving - 1;
             if (VM_LANES == 32) {
@@ -562,27 +569,29 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             if (next == BUSY) next = 0;
             if ((target & 3) == END_BEHIND) counted |= leaving;
-            slot_write_if((counted >> member & 1) & !(counted >> (more >> 22 & 31) & 1), slot, more >> 17 & 31,
-                          value);
+            slot_write_if((counted >> member & 1) & !(counted >> (more >> 22 & 31) & 1), slot,
+                          more >> 17 & 31, value);
             left -= count_of(counted);
             // Now and then: was that the way that was to be expected?
             tick += LEARN_STEP;
             if (UNLIKELY(tick < LEARN_STEP)) {
-                bool branch = (kind == T_BRANCH) & turns;
-                bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES);
+                bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
+                bool branch = (kind == T_BRANCH) & turns & !last_lane;
+                bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES) & !last_lane;
                 u32 lesson = group_ballot(((leaving & ~stopped) >> member & 1) & (branch | page_left));
                 if (VM_LANES == 32 ? lesson : warp_ballot(lesson)) {
                     u32 what = page_left ? LEARN_PAGE : (t.imm & ~3u) - 4 != (here & (FRAME_BYTES - 4));
                     u32 place = (more & 0xffff) * TEXT_WORDS + here / 4 % TEXT_WORDS;
-                    place = group_shuffle(place, first_of(lesson)), what = group_shuffle(what, first_of(lesson));
+                    place = group_shuffle(place, first_of(lesson)),
+                    what = group_shuffle(what, first_of(lesson));
                     if (lesson) where = place, which = what | trace << 2, start = pc, leave = LEAVE_LEARN;
                 }
             }
             pc = target & ~3u;
             if (left == 0 || target & 2)
                 leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
-            if (over) leave = LEAVE_NOT, next = 1;
-            if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
+            if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
+            if (UNLIKELY(VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT))) break;
         }
     }
 }

@@ -78,7 +78,8 @@ enum TraceAlu : u32 {
 #define MARK_LOAD 0u
 #define MARK_STORE 8u
 #define MARK_OTHER 16u
-#define MARK_SIMPLE 24u
+#define MARK_BRANCH 24u
+#define MARK_NONE 23u
 
 // One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction
 // makes masks of them. Operands are registers (or the address of the page), or lanes that make them.
@@ -107,10 +108,10 @@ struct Text {
 #define HINT_TAKEN 1u
 #define HINT_KNOWN 2u
 #define HINT_CHANGE 4u
-#define HINT_CHANGES_MAX 12u
+#define HINT_CHANGES_MAX 8u
 
 static_assert(sizeof(Text) == TEXT_BYTES && sizeof(TraceLane) * 32 == TRACE_BYTES, "see abi.rs");
-static_assert(sizeof(VmSlot) == (VMS_PER_WARP == 1 ? VM_SLOT_ALONE_BYTES : VM_SLOT_SHARED_BYTES), "see abi.rs");
+static_assert(sizeof(VmSlot) == 8 * (DATA_ENTRIES + FETCH_ENTRIES) + VM_SLOT_BYTES, "see abi.rs");
 
 FN Text *text_at(const Pool *pool, u32 text) { return (Text *)(uintptr_t)pool->text_ptr + text; }
 FN TraceLane *trace_at(const Pool *pool, u32 trace) {
@@ -128,58 +129,52 @@ FN u32 wait_for(const u32 *word, u32 seen) {
     return seen;
 }
 
-// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 22:17 (32: the
-// address of its page), rs2 27:23. Targets are relative to the page.
-FN u64 trace_word(u32 kind, u32 detail, u32 rd, u32 rs1, u32 rs2, u32 imm) {
-    return (u64)(kind | detail << 3 | rd << 11 | rs1 << 17 | rs2 << 23) | (u64)imm << 32;
-}
-FN u64 trace_branch(const Uop &u, u32 detail, u32 offset) {
-    u32 target = offset + u.imm;
-    if (target & 3) return trace_word(T_SLOW, 0, SINK, 0, 0, 0); // it traps, if it is taken
-    return trace_word(T_BRANCH, detail, SINK, u.rs1, u.rs2, target);
-}
-FN u64 trace_encode(u32 insn, u32 offset) {
-    Uop u = decode(insn, offset);
-    switch (u.op) {
+// An instruction as the trace's maker wants it: class 2:0, detail 10:3, rd 16:11 (32: none), rs1 22:17 (32:
+// the address of its page), rs2 27:23; hints 29:28; immediate 63:32. Targets are relative to the page.
+struct TraceKinds {
+    u16 of[OP_COUNT]; // class and detail
+    MAKES_TABLE void set(u32 op, u32 kind, u32 detail) { of[op] = (u16)(kind | detail << 3); }
+    MAKES_TABLE TraceKinds() : of() {
+        for (u32 op = 0; op < OP_COUNT; op++) set(op, T_SLOW, 0);
         // clang-format off
-#define ALU(name) case OP_##name: return trace_word(T_ALU, A_##name, u.rd, u.rs1, u.rs2, 0);
-#define ALU_IMM(name, detail) case OP_##name: return trace_word(T_ALU, detail, u.rd, u.rs1, 0, u.imm);
+#define ALU(name) set(OP_##name, T_ALU, A_##name);
         ALU(ADD) ALU(SUB) ALU(AND) ALU(OR) ALU(XOR) ALU(SLT) ALU(SLTU) ALU(SLL) ALU(SRL) ALU(SRA)
         ALU(MUL) ALU(MULH) ALU(MULHSU) ALU(MULHU) ALU(DIV) ALU(DIVU) ALU(REM) ALU(REMU)
+#undef ALU
+#define ALU_IMM(name, detail) set(OP_##name, T_ALU, detail);
         ALU_IMM(ADDI, A_ADD) ALU_IMM(ANDI, A_AND) ALU_IMM(ORI, A_OR) ALU_IMM(XORI, A_XOR)
         ALU_IMM(SLTI, A_SLT) ALU_IMM(SLTIU, A_SLTU) ALU_IMM(SLLI, A_SLL) ALU_IMM(SRLI, A_SRL)
-        ALU_IMM(SRAI, A_SRA) ALU_IMM(LI, A_ADD)
-    case OP_AUIPC: return trace_word(T_ALU, A_ADD, u.rd, PAGE_SLOT, 0, u.imm);
-#undef ALU
+        ALU_IMM(SRAI, A_SRA) ALU_IMM(LI, A_ADD) ALU_IMM(AUIPC, A_ADD)
+        ALU_IMM(FENCE, A_ADD) ALU_IMM(FENCE_I, A_ADD) // to no register
 #undef ALU_IMM
-        // loads: bits 1:0 log2 of the size, bit 2 signed
-    case OP_LB: return trace_word(T_LOAD, 0 | 4, u.rd, u.rs1, 0, u.imm);
-    case OP_LH: return trace_word(T_LOAD, 1 | 4, u.rd, u.rs1, 0, u.imm);
-    case OP_LW: return trace_word(T_LOAD, 2, u.rd, u.rs1, 0, u.imm);
-    case OP_LBU: return trace_word(T_LOAD, 0, u.rd, u.rs1, 0, u.imm);
-    case OP_LHU: return trace_word(T_LOAD, 1, u.rd, u.rs1, 0, u.imm);
-    case OP_SB: return trace_word(T_STORE, 0, SINK, u.rs1, u.rs2, u.imm);
-    case OP_SH: return trace_word(T_STORE, 1, SINK, u.rs1, u.rs2, u.imm);
-    case OP_SW: return trace_word(T_STORE, 2, SINK, u.rs1, u.rs2, u.imm);
+            // clang-format on
+            // accesses: bits 1:0 log2 of the size, bit 2 signed
+            set(OP_LB, T_LOAD, 0 | 4),
+            set(OP_LH, T_LOAD, 1 | 4), set(OP_LW, T_LOAD, 2);
+        set(OP_LBU, T_LOAD, 0), set(OP_LHU, T_LOAD, 1);
+        set(OP_SB, T_STORE, 0), set(OP_SH, T_STORE, 1), set(OP_SW, T_STORE, 2);
         // branches leave if they are taken
-#define BRANCH(name, detail) case OP_##name: case OP_##name##_FAR: return trace_branch(u, detail, offset);
-        BRANCH(BEQ, 0)
-        BRANCH(BNE, BRANCH_INVERT)
-        BRANCH(BLT, BRANCH_LESS | BRANCH_SIGNED)
-        BRANCH(BGE, BRANCH_LESS | BRANCH_SIGNED | BRANCH_INVERT)
-        BRANCH(BLTU, BRANCH_LESS)
-        BRANCH(BGEU, BRANCH_LESS | BRANCH_INVERT)
-#undef BRANCH
-        // clang-format on
-    case OP_JAL:
-    case OP_JAL_FAR:
-        return (offset + u.imm) & 3 ? trace_word(T_SLOW, 0, SINK, 0, 0, 0)
-                                    : trace_word(T_JUMP, 0, u.rd, 0, 0, offset + u.imm);
-    case OP_JALR: return trace_word(T_JALR, 0, u.rd, u.rs1, 0, u.imm);
-    case OP_FENCE:
-    case OP_FENCE_I: return trace_word(T_ALU, A_ADD, SINK, 0, 0, 0);
-    default: return trace_word(T_SLOW, 0, SINK, 0, 0, 0);
+        const u32 less = BRANCH_LESS, below = BRANCH_LESS | BRANCH_SIGNED;
+        const u32 branches[6] = {0, BRANCH_INVERT, below, below | BRANCH_INVERT, less, less | BRANCH_INVERT};
+        for (u32 i = 0; i < 6; i++) {
+            set(OP_BEQ + i, T_BRANCH, branches[i]);
+            set(OP_BEQ_FAR + i, T_BRANCH, branches[i]);
+        }
+        set(OP_JAL, T_JUMP, 0), set(OP_JAL_FAR, T_JUMP, 0), set(OP_JALR, T_JALR, 0);
     }
+};
+static_assert(OP_BGEU - OP_BEQ == 5 && OP_BGEU_FAR - OP_BEQ_FAR == 5, "BEQ, BNE, BLT, BGE, BLTU, BGEU");
+TABLE TraceKinds trace_kinds;
+
+FN u64 trace_encode(u32 insn, u32 offset, u32 hints) {
+    Uop u = decode(insn, offset);
+    u32 low = trace_kinds.of[u.op], kind = low & 7, imm = u.imm;
+    if (kind == T_BRANCH || kind == T_JUMP) {
+        imm += offset;
+        if (imm & 3) low = T_SLOW; // it traps, if it is taken
+    }
+    u32 rs1 = u.op == OP_AUIPC ? PAGE_SLOT : u.rs1;
+    return (u64)(low | u.rd << 11 | rs1 << 17 | u.rs2 << 23 | (hints & 3) << 28) | (u64)imm << 32;
 }
 
 // The lowest level on which the access of `kind` at x[base] + offset may be, given this lane's instruction
@@ -197,8 +192,8 @@ FN u32 level_behind(u64 mine, u32 my_base, u32 my_level, u32 kind, u32 base, u32
     return kind == T_STORE && decided ? my_level : 0;
 }
 
-// What the maker knows of a register: exact value 6:0 and base 14:8 (register, or OPERAND_MADE | lane), levels
-// on which they can be used 19:16 and 23:20. The register's value is its base plus an offset.
+// What the maker knows of a register: exact value 6:0 and base 14:8 (register, or OPERAND_MADE | lane),
+// levels on which they can be used 19:16 and 23:20. The register's value is its base plus an offset.
 FN u32 register_known(u32 exact, u32 exact_level, u32 base, u32 base_level) {
     return exact | base << 8 | exact_level << 16 | base_level << 20;
 }
@@ -225,14 +220,17 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
     if (lane == 0) {
         seen = atomic_compare_swap(&t->index[start], 0, BUSY);
         if (seen == 0) {
-            bool room = read_through(&pool->trace_count) < pool->trace_capacity &&
-                        vm->ram.traces_made < TRACES_PER_VM + (vm->hart.steps >> 10);
-            number = room ? atomic_add(&pool->trace_count, 1) : BUSY;
+            u32 made = vm->ram.traces_made;
+            number = BUSY;
+            if (made < TRACES_PER_VM || made < TRACES_PER_VM + (vm->hart.steps >> 10))
+                number = atomic_add(&pool->trace_count, 1);
             if (number >= pool->trace_capacity) {
+                // The count stays just above the capacity: it is seen to be full, and does not run over.
+                if (number != BUSY) atomic_add(&pool->trace_count, ~0u);
                 atomic_swap(&t->index[start], 0);
                 number = BUSY;
             } else {
-                vm->ram.traces_made++;
+                vm->ram.traces_made = made + 1;
             }
         } else {
             number = wait_for(&t->index[start], seen) - 1; // 0 - 1: BUSY
@@ -251,7 +249,8 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
     u32 known = register_known(lane, 0, lane, 0), known_offset = 0; // of register `lane`
     u32 writer = ~0u;                                               // likewise: who wrote it last
     u32 end_class = T_EXIT;
-    bool left = false; // the last instruction is a jump that ends it
+    bool any_store = false, any_decided = false; // accesses and branches so far
+    bool left = false;                           // the last instruction is a jump that ends it
     for (;;) {
         if (length == TRACE_LENGTH) break;
         if (at >= TEXT_WORDS) { // at the next page, or behind a jump to another one
@@ -263,12 +262,14 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         }
         if ((at & ~31u) != window) {
             window = at & ~31u;
-            decoded = trace_encode(here_text->words[window + lane], 4 * (window + lane));
+            u32 word = window + lane;
+            decoded =
+                trace_encode(here_text->words[word], 4 * word, *(volatile const u8 *)&here_text->hints[word]);
         }
         u64 word = warp_shuffle(decoded, at & 31);
         u32 low = (u32)word, imm = (u32)(word >> 32);
         u32 kind = low & 7, detail = low >> 3 & 0xff, rd = low >> 11 & 63, rs1 = low >> 17 & 63;
-        u32 rs2 = low >> 23 & 31;
+        u32 rs2 = low >> 23 & 31, hints = low >> 28;
         if (kind == T_SLOW) {
             end_class = T_SLOW;
             break;
@@ -285,7 +286,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         if (kind == T_ALU && minus) imm += two.offset - one.offset;
         if (accesses || kind == T_JALR) imm += one.offset;
         u32 level = one.level > two.level ? one.level : two.level;
-        if (accesses) {
+        if (kind == T_LOAD ? any_store : kind == T_STORE && any_decided) {
             u32 behind = lane < length ? level_behind(mine, my_operands & 127, my_level, kind, one.name, imm,
                                                       1u << (detail & 3))
                                        : 0;
@@ -293,13 +294,14 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
             if (behind > level) level = behind;
         }
         if (level >= TRACE_LEVELS) break;
+        any_store |= kind == T_STORE, any_decided |= accesses || kind == T_BRANCH;
 
         // where it is expected to go on
-        u32 here = at, known_there = here_text->hints[at];
+        u32 here = at;
         bool last = length + 1 == TRACE_LENGTH && VM_LANES < 32, follows = false;
         at++;
         if (kind == T_BRANCH) {
-            bool taken = known_there & HINT_KNOWN ? known_there & HINT_TAKEN : imm < 4 * here;
+            bool taken = hints & HINT_KNOWN ? hints & HINT_TAKEN : imm < 4 * here;
             if (taken && !last) { // left if it is not taken
                 at = (i32)imm >> 2;
                 imm = 4 * here + 4, detail ^= BRANCH_INVERT;
@@ -345,7 +347,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         if (left) break;
     }
     TraceLane out;
-    u32 low = (u32)mine, ends = END_BEFORE, mark = MARK_SIMPLE;
+    u32 low = (u32)mine, ends = END_BEFORE, mark = MARK_NONE;
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what follows
         bool end = lane == length && !left;
@@ -365,19 +367,19 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
     if (kind == T_ALU) {
         out.op |= (detail & 15) << 24 | (detail & A_MINUS ? 1u << 7 : 0) | (detail & A_ONE ? 1u << 15 : 0) |
                   (detail & A_BOTH ? 1u << 23 : 0) | (detail & A_SUM ? 1u << 31 : 0);
-        if (detail & 15) mark = MARK_OTHER;
+        if (detail & 15) mark = MARK_OTHER + my_level;
     } else {
         out.op |= (detail & 7) << 3;
-        if (kind == T_LOAD) mark = MARK_LOAD;
-        if (kind == T_STORE) mark = MARK_STORE;
+        if (kind == T_LOAD) mark = MARK_LOAD + my_level;
+        if (kind == T_STORE) mark = MARK_STORE + my_level;
+        if (kind == T_BRANCH) mark = MARK_BRANCH + my_level;
     }
     out.at = my_at | ends;
-    out.more = my_text | (elsewhere ? 1u << 16 : 0) | my_rd << 17 | my_next << 22 |
-               (mark + my_level) << 27;
+    out.more = my_text | (elsewhere ? 1u << 16 : 0) | my_rd << 17 | my_next << 22 | mark << 27;
     if (lane < VM_LANES) trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();
-    if (lane == 0) atomic_swap(&t->index[start], number + 1);
+    if (lane == 0) *(volatile u32 *)&t->index[start] = number + 1;
     return number;
 }
 
@@ -414,7 +416,8 @@ SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
         warp_sync();
         if (made != NO_TEXT) {
             Text *t = text_at(pool, made);
-            for (u32 i = lane; i < TEXT_WORDS; i += 32) t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0;
+            for (u32 i = lane; i < TEXT_WORDS; i += 32)
+                t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0;
             publish_fence();
             warp_sync();
             if (lane == 0) {

@@ -14,9 +14,11 @@ static_assert(VM_LANES * VMS_PER_WARP == 32, "1, 2, 4, 8, 16 or 32 VMs in a warp
 #define VM_LANES_MASK (VM_LANES == 32 ? ALL_LANES : (1u << VM_LANES % 32) - 1)
 
 // Translations at hand. A tag is virtual page | mode key, or 0 for none; of data also TAG_WRITABLE, if stores
-// may go to the frame directly. Many VMs in a warp are for large fleets, where shared memory is scarce.
-#define DATA_ENTRIES (VMS_PER_WARP == 1 ? 128u : 64u)
-#define FETCH_ENTRIES (VMS_PER_WARP == 1 ? 64u : 32u)
+// may go to the frame directly. The host chooses how many: in large fleets shared memory is scarce.
+#ifndef DATA_ENTRIES
+#define DATA_ENTRIES 128u
+#define FETCH_ENTRIES 64u
+#endif
 #define TAG_WRITABLE 0x10u
 
 // Where a trace finds the address of its page, behind the registers.
@@ -32,7 +34,8 @@ struct alignas(8) FetchEntry {
 struct VmSlot {
     DataEntry data[DATA_ENTRIES];
     FetchEntry fetch[FETCH_ENTRIES];
-    u32 x[36]; // x0 to x31 and the address of the page; four words of another bank for each VM
+    u32 x[35]; // x0 to x31 and the address of the page
+    u32 large; // 4 MiB that have large pages here, see large_mark
     Vm *vm;
     Pool *pool;
     Mailbox *mail;

@@ -64,10 +64,8 @@ pub const TRACE_BYTES: u32 = 512;
 pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
 pub const TRACES_PER_VM: u32 = 1 << 16;
-/// Bytes of shared memory for a VM that has a warp to itself.
-pub const VM_SLOT_ALONE_BYTES: u32 = 1744;
-/// Bytes of shared memory for a VM that shares its warp with others.
-pub const VM_SLOT_SHARED_BYTES: u32 = 976;
+/// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
+pub const VM_SLOT_BYTES: u32 = 208;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;

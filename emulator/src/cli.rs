@@ -10,6 +10,7 @@ pub mod lockstep;
 mod machines;
 pub mod pcap;
 #[cfg_attr(not(unix), allow(dead_code, reason = "there is no control socket to ask"))]
+mod profile;
 mod progress;
 mod web;
 
@@ -124,6 +125,10 @@ pub struct FleetArgs {
     /// Say nothing unless something is wrong.
     #[arg(long, short)]
     pub quiet: bool,
+
+    /// Print where the program's own time went.
+    #[arg(long, hide = true)]
+    pub profile_host: bool,
 }
 
 /// What the network allows, shows and breaks.
@@ -194,15 +199,15 @@ pub struct MachineArgs {
     #[arg(long, value_name = "auto|w", default_value = "auto", help_heading = "GPU tuning")]
     pub engine: EngineChoice,
 
-    /// Launch queues of each GPU: while one runs, the host serves the VMs of another.
-    #[arg(long, value_name = "K", default_value_t = 2, help_heading = "GPU tuning",
+    /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].
+    #[arg(long, value_name = "K", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub gpu_queues: u32,
+    pub gpu_queues: Option<u32>,
 
-    /// How long a launch is to take.
-    #[arg(long, value_name = "MS", default_value_t = 8, help_heading = "GPU tuning",
+    /// How long a launch is to take [default: by the fleet's size].
+    #[arg(long, value_name = "MS", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=500))]
-    pub gpu_slice: u32,
+    pub gpu_slice: Option<u32>,
 
     /// Registers of each GPU thread [default: by the fleet's size].
     #[arg(long, value_name = "K", help_heading = "GPU tuning",
@@ -213,6 +218,10 @@ pub struct MachineArgs {
     #[arg(long, value_name = "K", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
     pub gpu_warps: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long, help_heading = "GPU tuning")]
+    pub no_code_cache: bool,
 }
 
 /// `emulator bench`.
@@ -294,6 +303,10 @@ pub struct LockstepArgs {
     /// Registers of each GPU thread [default: by the fleet's size].
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]
     pub gpu_registers: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long)]
+    pub no_code_cache: bool,
 
     /// Where both states go if they differ.
     #[arg(long, value_name = "DIR", default_value = "lockstep-mismatch")]

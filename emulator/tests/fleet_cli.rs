@@ -233,6 +233,28 @@ fn a_guest_with_another_s_number_or_without_a_word_fails() {
 }
 
 #[test]
+fn vms_that_the_limit_of_files_leaves_no_port_are_asked_too() {
+    let lab = Lab::new(Behaviour::default());
+    let report = lab.path("report.json");
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 420 && exec \"$0\" \"$@\""]).arg(env!("CARGO_BIN_EXE_emulator"));
+    limited.args(["fleet", "--backend", "stub", "--vms", "500", "--until", "http", "--timeout", "60"]);
+    limited.arg("--state-dir").arg(lab.path("state")).arg("--image").arg(lab.path("image"));
+    limited.arg("--report").arg(&report);
+    // Below those of the other tests.
+    let port_base = (1100..9900)
+        .step_by(300)
+        .find(|base| (*base..base + 300).all(|port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok()));
+    limited.args(["--port-base", &port_base.unwrap().to_string()]).stdin(Stdio::null());
+    let output = limited.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.contains("to 499 have no port of their own"), "{text}");
+    let report: Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!(report["http"]["vms"], 500);
+}
+
+#[test]
 fn bad_arguments_are_told_at_once() {
     let lab = Lab::new(Behaviour::default());
     for (args, words) in [

@@ -13,7 +13,7 @@ use net_support::guest::Behaviour;
 
 fn probe(fleet: &Fleet, deadline: Duration) -> Probe {
     Probe {
-        ports: fleet.bridge.config().ports,
+        reach: emulator::net::bridge::Bridge::reach(&fleet.bridge),
         at_once: 64,
         patience: Duration::from_secs(5),
         deadline: Some(Instant::now() + deadline),
@@ -58,6 +58,36 @@ fn vms_that_are_not_ready_are_not_asked() {
     assert_eq!(outcome.answered, 3);
     assert!(outcome.last.unwrap() - start >= Duration::from_millis(400));
     assert_eq!(fleet.bridge.counters().snapshot().connections_total, 3);
+}
+
+#[cfg(unix)]
+#[test]
+fn vms_without_a_port_are_reached_through_the_door() {
+    use std::net::{Ipv4Addr, TcpStream};
+    let limits = Limits { listeners: 2, connections: 3, ..Limits::default() };
+    let mut behaviours = vec![page(); 40];
+    behaviours[30] = Behaviour::NoServer;
+    behaviours[31] = Behaviour::CloseEarly;
+    let fleet = Fleet::with_limits(behaviours, limits);
+    let ports = fleet.bridge.config().ports;
+    let connect = |vm| TcpStream::connect((Ipv4Addr::LOCALHOST, ports.port_of(vm).unwrap()));
+    assert!(connect(1).is_ok() && connect(2).is_err());
+    let reach = emulator::net::bridge::Bridge::reach(&fleet.bridge);
+    assert_eq!(
+        (reach.listening(), reach.vms(), reach.port_of(1), reach.port_of(2)),
+        (2, 40, ports.port_of(1), None)
+    );
+    assert!(reach.connect(40).is_err());
+
+    let target = |vm| if vm == 31 { Target::Down } else { Target::Ready };
+    let probe = probe(&fleet, Duration::from_millis(2500));
+    let outcome = probe.run(target, &AtomicBool::new(false), |_, _| ()).unwrap();
+    assert_eq!(outcome.answered, 38);
+    assert_eq!(outcome.failures, vec![(30, Failure::Refused), (31, Failure::Down)]);
+    fleet.settle(Duration::from_secs(2));
+    let mut fleet = fleet;
+    fleet.bridge.stop().unwrap();
+    assert_eq!(reach.connect(5).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
 #[test]

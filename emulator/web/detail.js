@@ -85,8 +85,11 @@ export class Detail {
     // A VM that has just become ready has a page now.
     if (up && this.#shown === "not up") this.#page();
     this.#shown = up ? "up" : "not up";
-    byId("page-hint").textContent = facts.page
-      ? `port ${facts.page.port}${facts.page.answers ? ` · ${facts.page.milliseconds} ms` : ""}` : "";
+    // A VM beyond the host's limit of open files has no port.
+    byId("page-hint").textContent = [
+      facts.page?.port == null ? "" : `port ${facts.page.port}`,
+      facts.page?.answers ? `${facts.page.milliseconds} ms` : "",
+    ].filter(Boolean).join(" · ");
     list("counters", [
       ["Speed", `${facts.mips.toFixed(2)} MIPS`],
       ["Instructions", whole(facts.instructions)],

@@ -288,11 +288,11 @@ pub struct TuningArgs {
     #[arg(long, value_name = "auto|w")]
     pub engine: Option<String>,
 
-    /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: 2].
+    /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].
     #[arg(long, value_name = "K")]
     pub gpu_queues: Option<u32>,
 
-    /// How long a launch is to take [default: 8].
+    /// How long a launch is to take [default: by the fleet's size].
     #[arg(long, value_name = "MS")]
     pub gpu_slice: Option<u32>,
 
@@ -303,6 +303,10 @@ pub struct TuningArgs {
     /// Warps in each block [default: by the fleet's size].
     #[arg(long, value_name = "K")]
     pub gpu_warps: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long)]
+    pub no_code_cache: bool,
 }
 
 /// What the network allows, shows and breaks. The emulator checks the values.

@@ -114,6 +114,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
             words.extend([flag.into(), path.into()]);
         }
     }
+    if tuning.no_code_cache {
+        words.push("--no-code-cache".into());
+    }
     if network.isolate || defaults.isolate {
         words.push("--isolate".into());
     }

@@ -7,9 +7,11 @@ mod device;
 mod driver;
 mod engine;
 mod error;
+mod kept;
 mod pace;
 mod plan;
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -35,8 +37,18 @@ pub use error::Error;
 
 /// The oldest architecture that the kernels are made for: Turing.
 const OLDEST: (u32, u32) = (7, 5);
-/// How long a launch is to take: the host is seldom needed more often, and a display driver allows 2 s.
-pub const TARGET: Duration = Duration::from_millis(8);
+/// Launch queues, how long a launch is to take, and the VMs per multiprocessor up to which that is the best. The host is
+/// seldom needed more often, and a display driver allows 2 s. With many VMs the host needs longer to look after a queue's
+/// VMs than the GPU for those of another.
+const LAUNCHES: [(u32, u32, Duration); 2] =
+    [(32, 2, Duration::from_millis(8)), (u32::MAX, 4, Duration::from_millis(20))];
+
+/// Launch queues for so many VMs, and how long a launch is to take.
+fn launches(vms: u32, multiprocessors: u32) -> (u32, Duration) {
+    let each = vms.div_ceil(multiprocessors.max(1));
+    let fit = LAUNCHES.iter().find(|(most, ..)| each <= *most).unwrap_or(&LAUNCHES[0]);
+    (fit.1, fit.2)
+}
 
 /// Which devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,14 +96,16 @@ pub struct Config {
     pub seed: Option<u64>,
     /// How many VMs share a warp.
     pub engine: EngineChoice,
-    /// Launch queues of each device.
-    pub engines: u32,
-    /// How long a launch is to take.
-    pub target: Duration,
+    /// Launch queues of each device. `None`: by the fleet's size.
+    pub engines: Option<u32>,
+    /// How long a launch is to take. `None`: by the fleet's size.
+    pub target: Option<Duration>,
     /// Registers of each thread. `None`: by the fleet's size.
     pub registers: Option<u32>,
     /// Warps in each block. `None`: by the fleet's size.
     pub warps_per_block: Option<u32>,
+    /// Use decoded code of earlier starts, and keep it for later ones.
+    pub keep_code: bool,
     /// Environments in which NVRTC may be installed, besides the usual places.
     pub compilers: Vec<PathBuf>,
 }
@@ -148,16 +162,26 @@ pub fn most_vms(gpus: &Gpus, boot: &BootMemory, written: u64) -> Result<u32, Err
 impl CudaMachines {
     /// Sets up the VMs, none of them started.
     pub fn new(config: Config) -> Result<Self, Error> {
-        let shared = SharedFrames::new(&config.boot)?;
+        let folder = config.keep_code.then(kept::folder).flatten();
+        // Starting the driver takes longer than all the rest.
+        let (opened, (shared, compiler, kept)) = std::thread::scope(|scope| {
+            let opened = scope.spawn(|| open_devices(&config.gpus));
+            let shared = SharedFrames::new(&config.boot);
+            let compiler = Compiler::find(&config.compilers);
+            let kept = folder.map(|folder| (folder, kept::image_hash(&config.boot)));
+            (opened.join(), (shared, compiler, kept))
+        });
+        let shared = shared?;
         // Who has no driver needs no compiler.
-        let (driver, contexts, free) = open_devices(&config.gpus)?;
-        let compiler = Compiler::find(&config.compilers)?;
+        let (driver, contexts, free) = opened.map_err(|_| Error::Crashed)??;
+        let compiler = compiler?;
         let cache = cubin::cache_folder();
+        let kept = kept.as_ref().map(|(folder, image)| (folder.as_path(), image.as_str()));
         let devices = contexts
             .into_iter()
             .zip(plan::split(config.vms, &free))
             .map(|(context, range)| {
-                Device::new(context, range, &config, &shared, &compiler, cache.as_deref()).map(Arc::new)
+                Device::new(context, range, &config, &shared, &compiler, cache.as_deref(), kept).map(Arc::new)
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self { devices, config, driver, shared_frames: shared.count, pages: shared.table.len() as u32 })
@@ -184,15 +208,28 @@ impl CudaMachines {
             };
             let _ = write!(
                 line,
-                "; engine {}, {} registers, {} bytes of stack; {} for RAM, room for {} pages of decoded code",
+                "; engine {}, {} registers, {} bytes of stack; {} for RAM; {} of the host's memory for mailboxes; room for {} \
+                 pages of decoded code",
                 device.kind.name(),
                 device.resources.registers,
                 device.resources.local_bytes,
                 size(u64::from(plan.private_frames) * u64::from(FRAME_BYTES)),
+                size(device.mail.count() as u64 * size_of::<Mailbox>() as u64),
                 plan.texts,
             );
+            let loaded = &device.loaded;
+            let _ = match loaded.counts {
+                _ if !self.config.keep_code => write!(line, ", none of it kept from before"),
+                Some((texts, traces)) => write!(
+                    line,
+                    ", of which {texts} with {traces} traces were read from the cache in {:.3} s",
+                    loaded.took.as_secs_f64()
+                ),
+                None => write!(line, ", all of it to be made"),
+            };
             lines.push(line);
             lines.extend(code.cache_trouble.clone());
+            lines.extend(loaded.trouble.clone());
         }
         lines
     }
@@ -204,6 +241,11 @@ impl CudaMachines {
         };
         let least = self.devices.iter().map(each).min()?;
         (least < u64::from(self.pages)).then_some(least * u64::from(FRAME_BYTES))
+    }
+
+    /// Whether the first device began with decoded code of an earlier start.
+    pub fn has_kept_code(&self) -> bool {
+        self.devices.first().is_some_and(|device| device.loaded.counts.is_some())
     }
 
     /// Registers of each thread of the first device's kernel.
@@ -264,10 +306,12 @@ impl Machines for CudaMachines {
         let mut engines: Vec<Box<dyn Engine>> = Vec::new();
         for (part, device) in self.devices.iter().enumerate() {
             let vms = device.range.len() as u32;
-            let count = self.config.engines.clamp(1, vms.max(1));
+            let (count, target) = launches(vms, device.context.properties().multiprocessors);
+            let count = self.config.engines.unwrap_or(count).clamp(1, vms.max(1));
+            let target = self.config.target.unwrap_or(target);
             for _ in 0..count {
                 let batch = vms.div_ceil(count);
-                let engine = CudaEngine::new(Arc::clone(device), part, batch, self.config.target)
+                let engine = CudaEngine::new(Arc::clone(device), part, batch, target)
                     .map_err(|error| EngineError(format!("no engine on the GPU: {error}")))?;
                 engines.push(Box::new(engine));
             }
@@ -300,6 +344,13 @@ impl Machines for CudaMachines {
         sum
     }
 
+    fn keep(&self) -> Vec<String> {
+        // Devices of one kind share a file, and their VMs run the same programs: one of them will do.
+        let mut files = BTreeSet::new();
+        let firsts = self.devices.iter().filter(|device| files.insert(device.kept_file()));
+        firsts.filter_map(|device| device.keep_code()).collect()
+    }
+
     fn reset(&self, vm: u32) -> Result<(), EngineError> {
         let (device, index) = self.device(vm);
         device.reset(&self.config, index).map_err(|error| EngineError(error.to_string()))
@@ -321,6 +372,13 @@ mod tests {
     }
 
     #[test]
+    fn large_fleets_have_more_queues() {
+        let ms = Duration::from_millis;
+        assert_eq!([1, 1024, 4224].map(|vms| launches(vms, 132)), [(2, ms(8)); 3]);
+        assert_eq!([4225, 24_576].map(|vms| launches(vms, 132)), [(4, ms(20)); 2]);
+    }
+
+    #[test]
     fn without_a_driver_the_error_says_what_is_missing() {
         let config = Config {
             boot: Arc::new(BootMemory { ram_bytes: 4096, entry: 0, dtb_address: 0, pieces: vec![] }),
@@ -330,10 +388,11 @@ mod tests {
             epoch_ns: 0,
             seed: Some(1),
             engine: EngineChoice::Auto,
-            engines: 2,
-            target: TARGET,
+            engines: None,
+            target: None,
             registers: None,
             warps_per_block: None,
+            keep_code: false,
             compilers: vec![],
         };
         // With a driver: there is no such device.

@@ -78,6 +78,11 @@ pub trait Machines: Send + Sync {
     fn mailbox(&self, vm: u32) -> MailboxRef<'_>;
     /// Memory in use now.
     fn memory(&self) -> MemoryUse;
+    /// Keeps what makes the next start faster, if there is much to keep; VMs may run. Called when all of them have booted,
+    /// and at the end. Returns what people should know.
+    fn keep(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// Puts a VM back to its state before the first instruction. The VM must not be in an engine.
     fn reset(&self, vm: u32) -> Result<(), EngineError>;
 }

@@ -71,7 +71,9 @@ impl Page {
         let long = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
         let (seq, ack, flags) = (long(4), long(8), tcp[13]);
         let data = &tcp[usize::from(tcp[12] >> 4) * 4..];
-        let close = close || data.windows(17).any(|part| part.eq_ignore_ascii_case(b"connection: close"));
+        let close = close
+            || data.windows(17).any(|part| part.eq_ignore_ascii_case(b"connection: close"))
+            || data.windows(9).any(|part| part == b" HTTP/1.0");
         let bytes = data.len() as u32;
         let (my_seq, my_ack, my_flags, body): (u32, u32, u8, &[u8]) = if flags & RST != 0 {
             return None;

@@ -38,6 +38,8 @@ struct Row {
     backend: &'static str,
     engine: String,
     registers: Option<u32>,
+    /// Whether all runs began with decoded code of an earlier start; null where there is none to keep.
+    kept_code: Option<bool>,
     phase: &'static str,
     vms: u32,
     ram_bytes: u64,
@@ -65,6 +67,7 @@ struct Run {
     device: String,
     driver: Option<String>,
     registers: Option<u32>,
+    kept_code: Option<bool>,
 }
 
 /// `emulator bench`.
@@ -104,7 +107,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
 
 fn measure(args: &BenchArgs, vms: u32, boot: &Arc<BootMemory>) -> Result<Run> {
     let started = Instant::now();
-    let Opened { machines, choice, notes, device, driver, registers } =
+    let Opened { machines, choice, notes, device, driver, registers, kept_code } =
         machines::open(&args.machine, vms, Arc::clone(boot), |text| tracing::warn!("{text}"))?;
     let open = started.elapsed().as_secs_f64();
     for note in notes.iter().chain((!choice.is_empty()).then_some(&choice)) {
@@ -141,6 +144,9 @@ fn measure(args: &BenchArgs, vms: u32, boot: &Arc<BootMemory>) -> Result<Run> {
     let steady_gips = if args.steady > 0.0 { Some(steady(args, &fleet)?) } else { None };
     let (backend, engine) = (fleet.backend(), fleet.engine());
     fleet.stop();
+    for line in fleet.keep() {
+        tracing::warn!("{line}");
+    }
     Ok(Run {
         backend,
         engine,
@@ -152,6 +158,7 @@ fn measure(args: &BenchArgs, vms: u32, boot: &Arc<BootMemory>) -> Result<Run> {
         device,
         driver,
         registers,
+        kept_code,
     })
 }
 
@@ -205,6 +212,7 @@ fn rows(args: &BenchArgs, vms: u32, ram_bytes: u64, runs: &[Run]) -> Vec<Row> {
         backend: first.backend,
         engine: first.engine.clone(),
         registers: first.registers,
+        kept_code: first.kept_code.map(|_| runs.iter().all(|run| run.kept_code == Some(true))),
         phase,
         vms,
         ram_bytes,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
@@ -17,6 +18,7 @@ use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
 use emulator::net::bridge::Bridge;
 use emulator::net::ports;
+use emulator::net::reach::Reach;
 use emulator::net::rewrite::Ports;
 #[cfg(target_os = "linux")]
 use emulator::net::tun::TunBridge;
@@ -34,6 +36,7 @@ use super::MAX_VMS;
 use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;
+use super::profile::{self, Phases};
 use super::progress::Progress;
 use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
 
@@ -161,7 +164,10 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
             "--until http asks the VMs through the bridge: it needs --net user or --net tun"
         ));
     }
+    let mut phases = Phases::new(started);
+    phases.end("arguments");
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
+    phases.end("image");
     report.image.manifest_hash = Some(image.manifest_hash.clone());
     let facts = (u64::from(image.ram_bytes), image.manifest_hash.clone());
     let heading = format!("{} of RAM each, image {:.16}", size(image.ram_bytes.into()), image.manifest_hash);
@@ -173,16 +179,24 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // A page that can't be served is known before the machines are opened, too.
     let page = web::bind(args)?;
     let epoch = Instant::now();
-    // Whether the VMs fit is known here, before thousands of ports are taken.
-    let Opened { machines, choice, notes, .. } =
-        machines::open(&args.machine, args.vms, machines::boot(image), |text| tracing::warn!("{text}"))?;
-    let mut bridge = bind(args, ports)?;
+    // Thousands of ports take as long as a GPU. If both fail, the machines are what matters.
+    let (opened, bridge) = std::thread::scope(|scope| {
+        let bridge = scope.spawn(|| bind(args, ports));
+        let boot = machines::boot(image);
+        let opened = machines::open(&args.machine, args.vms, boot, |text| tracing::warn!("{text}"));
+        phases.end("machines");
+        (opened, bridge.join())
+    });
+    let Opened { machines, choice, notes, .. } = opened?;
+    let mut bridge = bridge.map_err(|_| miette!("the thread that takes the ports has crashed"))??;
+    phases.end("ports");
     let pcap = match (&args.network.pcap, &bridge) {
         (Some(wanted), Some(bridge)) => Some(Pcap::start(wanted, args.vms, &bridge.watch().tap)?),
         (Some(_), None) => return Err(miette!("--pcap: with --net off there are no packets")),
         (None, _) => None,
     };
     let fleet = Arc::new(make_fleet(args, [started, epoch], &claim, machines)?);
+    phases.end("fleet, logs");
     let progress = Arc::new(Progress {
         fleet: fleet.clone(),
         head: report.clone(),
@@ -190,20 +204,27 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         bridge: bridge.as_ref().map(|bridge| bridge.watch().counters.clone()),
         http: (args.until == Some(Until::Http)).then(Arc::default),
         boot: None.into(),
-        port_base: bridge.is_some().then_some(args.port_base),
+        reach: bridge.as_ref().map(|bridge| bridge.reach()),
     });
     if let Some(bridge) = &mut bridge {
         bridge.start(fleet.links()).into_diagnostic()?;
     }
-    let net = bridge.as_ref().map(|bridge| Network { ports: bridge.ports(), watch: bridge.watch().clone() });
+    let net = bridge.as_ref().map(|bridge| Network { reach: bridge.reach(), watch: bridge.watch().clone() });
     let server = web::serve(page, &claim, &progress, net, facts)?;
+    phases.end("bridge, page");
     fleet.start().into_diagnostic()?;
+    phases.end("engines");
+    if args.profile_host {
+        say(format_args!("{}", phases.text));
+    }
     if !args.quiet {
         say(format_args!("{} VMs, {heading}, {}{choice}", args.vms, fleet.backend()));
         for note in notes {
             say(format_args!("{note}"));
         }
-        print_urls(args);
+        if let Some(reach) = &progress.reach {
+            print_urls(args, reach);
+        }
         if let Some(url) = &server.url {
             say(format_args!("All VMs on one page: {url}"));
         }
@@ -212,23 +233,31 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     let asking = match (&progress.http, &bridge) {
         (Some(answers), Some(bridge)) => {
             let deadline = started + Duration::from_secs_f64(args.timeout);
-            Some(answers.ask(&fleet, bridge.ports(), deadline).into_diagnostic()?)
+            Some(answers.ask(&fleet, bridge.reach(), deadline).into_diagnostic()?)
         }
         _ => None,
     };
 
-    let end = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
+    let (end, keeper) = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
         // A panic was printed; the outcome is missing then, which has been dealt with.
         let _ = asking.join();
     }
+    if args.profile_host {
+        say(format_args!("At the end: {}", profile::work(&fleet)));
+    }
     let bridge_end = bridge.as_mut().map_or(Ok(()), |bridge| bridge.stop());
     if let Some(pcap) = pcap {
         pcap.finish();
     }
     fleet.stop();
+    if let Some(keeper) = keeper {
+        // As above.
+        let _ = keeper.join();
+    }
+    profile::keep(&fleet);
     *report = progress.report();
     drop(server);
     match end {
@@ -299,14 +328,19 @@ fn wait_for_end(
     claim: &Claim,
     bridge: Option<&dyn Bridge>,
     signal: &AtomicI32,
-) -> End {
+) -> (End, Option<JoinHandle<()>>) {
     let fleet = &progress.fleet;
     let mut live = Live::new(args.quiet);
     let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
-    let mut seen = 0;
+    let (mut seen, mut keeper) = (0, None);
     let end = loop {
         seen = fleet.wait(seen, TICK);
-        progress.note_boot();
+        if progress.note_boot() {
+            if args.profile_host {
+                say(format_args!("\nAt READY: {}", profile::work(fleet)));
+            }
+            keeper = profile::keep_in_background(fleet);
+        }
         if live.due() {
             live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
         }
@@ -332,7 +366,7 @@ fn wait_for_end(
         live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
     }
     live.finish();
-    end
+    (end, keeper)
 }
 
 /// Whether what was waited for has come, or can't come any more.
@@ -451,22 +485,27 @@ fn say(line: std::fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-fn print_urls(args: &FleetArgs) {
-    if args.net == NetMode::Off {
-        return;
-    }
+fn print_urls(args: &FleetArgs, reach: &Reach) {
+    let (listening, vms) = (reach.listening(), reach.vms());
     let url = |vm: u32| format!("http://127.0.0.1:{}/", u32::from(args.port_base) + vm);
     #[cfg(target_os = "linux")]
     if args.net == NetMode::Tun {
         say(format_args!("VM n is also 10.77.0.0 + 2 + n: VM 0 is 10.77.0.2"));
     }
-    if args.vms <= URLS {
-        for vm in 0..args.vms {
+    if listening <= URLS {
+        for vm in 0..listening {
             say(format_args!("VM {vm}: {}", url(vm)));
         }
     } else {
-        let last = args.vms - 1;
+        let last = listening - 1;
         say(format_args!("VM 0: {}  VM 1: {} ... VM {last}: {}", url(0), url(1), url(last)));
+    }
+    if listening < vms {
+        say(format_args!(
+            "VMs {listening} to {} have no port of their own, the limit of open files (`ulimit -Hn`) is too low: the page \
+             reaches them at /vm/N/",
+            vms - 1
+        ));
     }
 }
 

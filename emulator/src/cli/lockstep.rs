@@ -8,7 +8,6 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use emulator::abi::{EXIT_BUDGET, EXIT_DRAIN, FRAME_BYTES, SliceRequest, SliceResult, TIME_VIRTUAL, Vm};
 use emulator::backend::cpu::{self, CpuMachines};
@@ -121,10 +120,11 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
         epoch_ns: EPOCH_NS,
         seed,
         engine: args.engine,
-        engines: 1,
-        target: Duration::from_millis(8),
+        engines: Some(1),
+        target: None,
         registers: args.gpu_registers,
         warps_per_block: None,
+        keep_code: !args.no_code_cache,
         compilers: compiler_environments(),
     })
     .into_diagnostic()?;
@@ -144,6 +144,9 @@ pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
             compared += 1;
         }
         println!("{} VMs are the same after {until} steps", args.vms);
+    }
+    for line in other.keep() {
+        tracing::warn!("{line}");
     }
     let ready = cpu.console.iter().filter(|text| text.windows(5).any(|word| word == b"READY")).count();
     println!(

@@ -33,6 +33,8 @@ pub struct Opened {
     pub driver: Option<String>,
     /// Registers of each GPU thread.
     pub registers: Option<u32>,
+    /// Whether decoded code of an earlier start was there.
+    pub kept_code: Option<bool>,
 }
 
 /// RAM at the first instruction.
@@ -101,6 +103,7 @@ fn open_stub(args: &MachineArgs, vms: u32) -> Result<Opened> {
         device: format!("{}, {threads} threads", processor()),
         driver: None,
         registers: None,
+        kept_code: None,
     })
 }
 
@@ -135,8 +138,9 @@ fn open_cuda(
         seed: args.seed,
         engine: args.engine,
         engines: args.gpu_queues,
-        target: Duration::from_millis(args.gpu_slice.into()),
+        target: args.gpu_slice.map(|ms| Duration::from_millis(ms.into())),
         registers: args.gpu_registers,
+        keep_code: !args.no_code_cache,
         warps_per_block: args.gpu_warps,
         compilers: compiler_environments(),
     })?;
@@ -154,6 +158,7 @@ fn open_cuda(
         device: machines.device_name(),
         driver: Some(format!("CUDA {major}.{minor}")),
         registers: Some(machines.registers()),
+        kept_code: Some(machines.has_kept_code()),
         machines: Arc::new(machines),
     })
 }
@@ -207,6 +212,7 @@ fn open_cpu(
         device: format!("{}, {threads} threads", processor()),
         driver: None,
         registers: None,
+        kept_code: None,
     })
 }
 

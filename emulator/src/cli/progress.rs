@@ -7,16 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use emulator::fleet::{Fleet, Life};
+use emulator::fleet::{Fleet, Stage};
 use emulator::net::counters::Counters;
+use emulator::net::ports;
 use emulator::net::probe::{Outcome, Probe, Target};
-use emulator::net::rewrite::Ports;
+use emulator::net::reach::Reach;
 use emulator::net::tap::Direction;
 use emulator::report::{Boot, Http, Report};
 use serde::Serialize;
 
-/// VMs asked over HTTP at once.
-const AT_ONCE: usize = 64;
+/// VMs asked over HTTP at once, if there are files for so many. A guest needs many slices for an answer, so that it is
+/// the number of guests at work that counts.
+const AT_ONCE: u64 = 1024;
 /// For one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -34,8 +36,8 @@ pub struct Progress {
     pub http: Option<Arc<Answers>>,
     /// Set once all VMs have been ready.
     pub boot: Mutex<Option<Boot>>,
-    /// VM 0's port, if there is a bridge.
-    pub port_base: Option<u16>,
+    /// How the VMs are reached, if there is a bridge.
+    pub reach: Option<Reach>,
 }
 
 /// Answers over HTTP.
@@ -73,16 +75,18 @@ impl Answers {
     pub fn ask(
         self: &Arc<Self>,
         fleet: &Arc<Fleet>,
-        ports: Ports,
+        reach: Reach,
         deadline: Instant,
     ) -> io::Result<JoinHandle<()>> {
-        let probe = Probe { ports, at_once: AT_ONCE, patience: PATIENCE, deadline: Some(deadline) };
+        // Each takes two files: the bridge's and ours.
+        let at_once = (ports::spare_files() / 3).clamp(16, AT_ONCE) as usize;
+        let probe = Probe { reach, at_once, patience: PATIENCE, deadline: Some(deadline) };
         let (answers, fleet) = (self.clone(), fleet.clone());
         std::thread::Builder::new().name("http".into()).spawn(move || {
-            let target = |vm| match fleet.status(vm).life {
-                Life::Booting => Target::NotReady,
-                Life::Ready => Target::Ready,
-                Life::Stopped | Life::Failed(_) => Target::Down,
+            let target = |vm| match fleet.stage(vm) {
+                Stage::Booting => Target::NotReady,
+                Stage::Ready => Target::Ready,
+                Stage::Stopped | Stage::Failed => Target::Down,
             };
             let answered = |_, at: Instant| {
                 let mut inner = lock(&answers.inner);
@@ -98,12 +102,14 @@ impl Answers {
 }
 
 impl Progress {
-    /// Notes when the boot was over, for the speed.
-    pub fn note_boot(&self) {
+    /// Notes when the boot was over, for the speed; true if it is over since the last call.
+    pub fn note_boot(&self) -> bool {
         let mut boot = lock(&self.boot);
-        if boot.is_none() && self.fleet.been_ready() == self.fleet.vms() {
+        let over = boot.is_none() && self.fleet.been_ready() == self.fleet.vms();
+        if over {
             *boot = Some(self.so_far());
         }
+        over
     }
 
     fn so_far(&self) -> Boot {
@@ -135,7 +141,7 @@ impl Progress {
                 vm: n,
                 state: status.state(),
                 reason: status.life.is_down().then(|| status.reason()),
-                port: self.port_base.and_then(|base| u16::try_from(u32::from(base) + n).ok()),
+                port: self.reach.as_ref().and_then(|reach| reach.port_of(n)),
                 instructions: status.counters.instructions,
                 private_bytes: status.private_bytes,
                 packets_in: status.counters.rx_frames,

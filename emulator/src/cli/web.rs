@@ -63,7 +63,7 @@ pub fn serve(
         engine: fleet.engine(),
         ram_bytes: ram,
         image,
-        port_base: net.as_ref().map(|net| net.ports.base),
+        port_base: net.as_ref().map(|net| net.reach.base()),
         terminal: web::HAS_TERMINAL,
     };
     let status = progress.clone();

@@ -59,21 +59,19 @@ struct Waiting {
 }
 
 impl Logs {
-    /// Logs in `folder`, which is created; logs of an earlier fleet in it are removed.
+    /// Logs in `folder`, which is created; logs of an earlier fleet in it are removed before anything is written.
     pub fn create(folder: &Path, limits: LogLimits) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.starts_with("vm-") && (name.ends_with(".log") || name.ends_with(".log.old")) {
-                fs::remove_file(&path)?;
-            }
-        }
+        // Removing thousands of logs takes its time: the thread does it, and what can be told now is whether it may look.
+        let earlier = fs::read_dir(folder)?;
         let shared = Arc::new(Shared { state: Mutex::default(), more: Condvar::new(), limits });
         let files = Files { folder: folder.to_owned(), limits, open: VecDeque::new(), warned: false };
         let writer = {
             let shared = shared.clone();
-            std::thread::Builder::new().name("logs".into()).spawn(move || shared.write(files))?
+            std::thread::Builder::new().name("logs".into()).spawn(move || {
+                remove_logs(earlier);
+                shared.write(files);
+            })?
         };
         Ok(Self { shared, writer: Mutex::new(Some(writer)) })
     }
@@ -102,6 +100,19 @@ impl Logs {
         waiting.dropped += (bytes.len() - taken) as u64;
         if was_empty {
             self.shared.more.notify_one();
+        }
+    }
+}
+
+/// Removes all logs that are there.
+fn remove_logs(entries: fs::ReadDir) {
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with("vm-")
+            && (name.ends_with(".log") || name.ends_with(".log.old"))
+            && let Err(error) = fs::remove_file(&path)
+        {
+            tracing::warn!("{}: a log of an earlier fleet can't be removed: {error}", path.display());
         }
     }
 }

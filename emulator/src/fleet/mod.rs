@@ -73,11 +73,39 @@ pub(crate) struct Shared {
     been_ready: AtomicU32,
     downs: AtomicU32,
     steps: AtomicU64,
-    engine_nanos: AtomicU64,
+    spent: Spent,
     news: Mutex<News>,
     told: Condvar,
     /// Held while a VM is reset: back ends do that for one VM at a time.
     resetting: Mutex<()>,
+}
+
+/// What the workers have done, and how long it took, in nanoseconds over all of them.
+#[derive(Default)]
+struct Spent {
+    calls: AtomicU64,
+    slices: AtomicU64,
+    waiting: AtomicU64,
+    preparing: AtomicU64,
+    engine: AtomicU64,
+    settling: AtomicU64,
+}
+
+/// What the workers have done, and how long it took them all together.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Calls of engines: launches, on a GPU.
+    pub calls: u64,
+    /// Slices that they ran.
+    pub slices: u64,
+    /// Until a VM was runnable.
+    pub waiting: Duration,
+    /// Making lists of slices.
+    pub preparing: Duration,
+    /// In engines.
+    pub engine: Duration,
+    /// Looking after what the VMs left behind.
+    pub settling: Duration,
 }
 
 #[derive(Default)]
@@ -150,7 +178,7 @@ impl Fleet {
             been_ready: AtomicU32::new(0),
             downs: AtomicU32::new(0),
             steps: AtomicU64::new(0),
-            engine_nanos: AtomicU64::new(0),
+            spent: Spent::default(),
             news: Mutex::default(),
             told: Condvar::new(),
             resetting: Mutex::new(()),
@@ -229,12 +257,31 @@ impl Fleet {
         }
     }
 
+    /// How far a VM has come.
+    pub fn stage(&self, vm: u32) -> Stage {
+        lock(&self.shared.vms[vm as usize].record).life.stage()
+    }
+
+    /// What the workers have done so far.
+    pub fn work(&self) -> Work {
+        let spent = &self.shared.spent;
+        let time = |nanos: &AtomicU64| Duration::from_nanos(nanos.load(Relaxed));
+        Work {
+            calls: spent.calls.load(Relaxed),
+            slices: spent.slices.load(Relaxed),
+            waiting: time(&spent.waiting),
+            preparing: time(&spent.preparing),
+            engine: time(&spent.engine),
+            settling: time(&spent.settling),
+        }
+    }
+
     /// The whole fleet.
     pub fn totals(&self) -> Totals {
         let mut totals = Totals {
             vms: self.vms(),
             steps: self.shared.steps.load(Relaxed),
-            engine_time: Duration::from_nanos(self.shared.engine_nanos.load(Relaxed)),
+            engine_time: self.work().engine,
             memory: self.shared.machines.memory(),
             ..Totals::default()
         };
@@ -330,6 +377,14 @@ impl Fleet {
     /// Memory in use.
     pub fn memory(&self) -> MemoryUse {
         self.shared.machines.memory()
+    }
+
+    /// Keeps what makes the next start faster; returns what people should know.
+    pub fn keep(&self) -> Vec<String> {
+        if self.fault().is_some() {
+            return Vec::new();
+        }
+        self.shared.machines.keep()
     }
 
     /// Steps of all engines so far.

@@ -54,17 +54,20 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
     loop {
         slices.clear();
         results.clear();
+        let began = Instant::now();
         if !shared.sched.take(part, batch, &mut turns) {
             break;
         }
+        let taken = Instant::now();
         shared.start_over_those_that_shall(&mut turns);
         if turns.is_empty() {
             continue;
         }
         let (now, advice) = (Instant::now(), engine.budget());
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
+        let prepared = Instant::now();
         let ran = engine.run(&slices, &mut results);
-        shared.engine_nanos.fetch_add(now.elapsed().as_nanos() as u64, Relaxed);
+        let done = Instant::now();
         if let Err(error) = ran {
             shared.fault(error.to_string());
             break;
@@ -75,6 +78,18 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         }
         for (turn, result) in turns.iter().zip(&results) {
             shared.settle(turn.vm, result, &mut scratch);
+        }
+        let spent = &shared.spent;
+        spent.calls.fetch_add(1, Relaxed);
+        spent.slices.fetch_add(slices.len() as u64, Relaxed);
+        let times = [
+            (&spent.waiting, taken - began),
+            (&spent.preparing, prepared - taken),
+            (&spent.engine, done - prepared),
+            (&spent.settling, done.elapsed()),
+        ];
+        for (sum, time) in times {
+            sum.fetch_add(time.as_nanos() as u64, Relaxed);
         }
     }
     drop(alarm);

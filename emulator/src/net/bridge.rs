@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Links;
 use super::lan::Watch;
 use super::ports::PortsError;
+use super::reach::Reach;
 use super::rewrite::Ports;
 
 /// A bridge between a fleet's links and the host.
@@ -20,6 +21,10 @@ pub trait Bridge: Send {
     fn watch(&self) -> &Watch;
     /// The host ports that it serves.
     fn ports(&self) -> Ports;
+    /// How this program reaches the VMs.
+    fn reach(&self) -> Reach {
+        Reach::by_ports(self.ports())
+    }
 }
 
 /// Why the bridge could not be started, or ended by itself.

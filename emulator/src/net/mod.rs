@@ -16,6 +16,7 @@
 //! | [`tun`] | transport: a TUN device (Linux) | packets |
 //! | [`divert`], `windivert` | transport: WinDivert (Windows); its thread | packets |
 //! | [`ports`] | the host ports of a fleet: all or none | sockets |
+//! | [`reach`] | how this program reaches the VMs' web servers: by port, or without one | sockets |
 //! | [`user`] | transport: host sockets on loopback, no privileges | sockets, links |
 //! | [`load`] | asks over and over, and measures | sockets |
 //! | [`probe`] | asks every VM for `GET /` | sockets |
@@ -37,6 +38,7 @@ pub mod policy;
 pub mod ports;
 pub mod probe;
 pub mod rate;
+pub mod reach;
 pub mod reason;
 pub mod rewrite;
 pub mod switch;

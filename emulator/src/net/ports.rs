@@ -138,49 +138,77 @@ pub fn bind(ports: &Ports) -> Result<Vec<TcpListener>, PortsError> {
     Ok(listeners)
 }
 
-#[cfg(any(unix, test))]
-/// How many connections may be open at once, and the soft limit of open files that this takes.
+/// What the limit of open files is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FilePlan {
-    soft: u64,
-    connections: usize,
+pub struct FilePlan {
+    /// The soft limit that it takes.
+    pub soft: u64,
+    /// VMs that have a port, from VM 0 on.
+    pub listeners: u32,
+    /// Connections that may be open at once.
+    pub connections: usize,
 }
 
 #[cfg(any(unix, test))]
 fn plan_files(vms: u32, wanted: usize, used: u64, soft: u64, hard: u64) -> Result<FilePlan, PortsError> {
-    let fixed = u64::from(vms) + used + FILES_FOR_OTHERS;
-    let needed = fixed + FEWEST_CONNECTIONS;
+    let others = used + FILES_FOR_OTHERS;
+    let needed = u64::from(vms) + others + FEWEST_CONNECTIONS;
+    let connections = |files: u64| usize::try_from(files).unwrap_or(usize::MAX).min(wanted);
     if needed > hard {
-        return Err(PortsError::Files { vms, needed, limit: hard });
+        // Those that come through the door take two files each, and there may be many of them.
+        let room = hard.saturating_sub(others);
+        if !cfg!(unix) || room < 4 * FEWEST_CONNECTIONS {
+            return Err(PortsError::Files { vms, needed, limit: hard });
+        }
+        let listeners = u32::try_from(room - room / 4).unwrap_or(u32::MAX);
+        return Ok(FilePlan { soft: hard, listeners, connections: connections(room / 4 / 2) });
     }
+    let fixed = u64::from(vms) + others;
     let soft = soft.max(hard.min(fixed + wanted as u64));
-    let connections = usize::try_from(soft - fixed).unwrap_or(usize::MAX).min(wanted);
-    Ok(FilePlan { soft, connections })
+    Ok(FilePlan { soft, listeners: vms, connections: connections(soft - fixed) })
 }
 
 /// Raises the soft limit of open files as far as `vms` listeners and `wanted` connections need and the hard limit
-/// allows; returns how many connections may be open.
+/// allows. If that is not enough for a listener each, some VMs have none.
 #[cfg(unix)]
-pub fn allow_files(vms: u32, wanted: usize) -> Result<usize, PortsError> {
+pub fn allow_files(vms: u32, wanted: usize) -> Result<FilePlan, PortsError> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
     let limit = getrlimit(Resource::Nofile);
     let (soft, hard) = (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX));
-    let used = std::fs::read_dir("/proc/self/fd").map_or(32, |files| files.count() as u64);
+    let used = open_files();
     let plan = plan_files(vms, wanted, used, soft, hard)?;
     if plan.soft > soft {
         let raised = Rlimit { current: Some(plan.soft), maximum: limit.maximum };
         if setrlimit(Resource::Nofile, raised).is_err() {
-            return plan_files(vms, wanted, used, soft, soft).map(|plan| plan.connections);
+            return plan_files(vms, wanted, used, soft, soft);
         }
     }
-    Ok(plan.connections)
+    Ok(plan)
+}
+
+/// Files that may still be opened.
+#[cfg(unix)]
+pub fn spare_files() -> u64 {
+    let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    soft.saturating_sub(open_files() + FILES_FOR_OTHERS)
+}
+
+#[cfg(unix)]
+fn open_files() -> u64 {
+    std::fs::read_dir("/proc/self/fd").map_or(32, |files| files.count() as u64)
+}
+
+/// Sockets are not files here.
+#[cfg(not(unix))]
+pub fn spare_files() -> u64 {
+    u64::MAX
 }
 
 /// Sockets are not files here; only the asked number counts.
 #[cfg(not(unix))]
-pub fn allow_files(_vms: u32, wanted: usize) -> Result<usize, PortsError> {
-    Ok(wanted)
+pub fn allow_files(vms: u32, wanted: usize) -> Result<FilePlan, PortsError> {
+    Ok(FilePlan { soft: u64::MAX, listeners: vms, connections: wanted })
 }
 
 /// The process that listens on a local TCP port, as far as /proc shows it to this user.
@@ -257,17 +285,29 @@ mod tests {
     fn files_are_planned_within_the_limits() {
         let plan = |vms, soft, hard| plan_files(vms, 4096, 10, soft, hard);
         // Enough already: nothing is lowered.
-        assert_eq!(plan(16, 100_000, 100_000).unwrap(), FilePlan { soft: 100_000, connections: 4096 });
+        assert_eq!(
+            plan(16, 100_000, 100_000).unwrap(),
+            FilePlan { soft: 100_000, listeners: 16, connections: 4096 }
+        );
         // Raised as far as needed.
         assert_eq!(
             plan(16, 1024, 100_000).unwrap(),
-            FilePlan { soft: 16 + 10 + 128 + 4096, connections: 4096 }
+            FilePlan { soft: 16 + 10 + 128 + 4096, listeners: 16, connections: 4096 }
         );
         // Raised as far as allowed.
-        assert_eq!(plan(16, 256, 1024).unwrap(), FilePlan { soft: 1024, connections: 1024 - 154 });
-        // Not enough: says how many.
-        let error = plan(32_768, 1024, 20_000).unwrap_err();
-        assert!(matches!(error, PortsError::Files { needed: 32_970, limit: 20_000, .. }));
+        assert_eq!(
+            plan(16, 256, 1024).unwrap(),
+            FilePlan { soft: 1024, listeners: 16, connections: 1024 - 154 }
+        );
+        // Not enough for a listener each: as many as leave room for connections.
+        if cfg!(unix) {
+            let few = plan(32_768, 1024, 20_000).unwrap();
+            assert_eq!(few, FilePlan { soft: 20_000, listeners: 14_897, connections: 2482 });
+            assert!(u64::from(few.listeners) + 2 * few.connections as u64 + 138 <= 20_000);
+        }
+        // Not enough for anything: says how many.
+        let error = plan(32_768, 256, 256).unwrap_err();
+        assert!(matches!(error, PortsError::Files { needed: 32_970, limit: 256, .. }));
         assert!(error.to_string().contains("ulimit -n 32970"), "{error}");
     }
 

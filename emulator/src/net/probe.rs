@@ -3,14 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 
-use super::rewrite::Ports;
+use super::reach::{Reach, Stream};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: linux-on-gpu-probe\r\n\r\n";
 /// Of an answer, so much is read; more is not asked for.
@@ -19,6 +18,10 @@ const ANSWER_MAX: usize = 256 * 1024;
 const LOOK: Duration = Duration::from_millis(10);
 /// Of the VMs that have not answered, so many are looked at in one round; the others in the next.
 const LOOK_AT: usize = 1024;
+/// After a round in which none was found that could be asked.
+const LOOK_PAUSE: Duration = Duration::from_millis(2);
+/// How often questions without an answer are looked at.
+const CHECK: Duration = Duration::from_millis(50);
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -34,10 +37,10 @@ pub enum Target {
 }
 
 /// Whom to ask, and how long.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct Probe {
-    /// The fleet's ports.
-    pub ports: Ports,
+    /// How the VMs are reached.
+    pub reach: Reach,
     /// VMs asked at once.
     pub at_once: usize,
     /// For one question and its answer.
@@ -98,7 +101,7 @@ pub struct Outcome {
 /// One VM's question under way.
 struct Question {
     vm: u32,
-    stream: TcpStream,
+    stream: Stream,
     sent: usize,
     answer: Vec<u8>,
     until: Instant,
@@ -125,50 +128,60 @@ impl Probe {
         let mut events = Events::with_capacity(self.at_once.max(1));
         let start = Instant::now();
         let mut pending: VecDeque<Pending> =
-            (0..self.ports.vms).map(|vm| Pending { vm, after: start, pause: PAUSE_MIN }).collect();
-        let mut why = vec![Some(Failure::NotReady); self.ports.vms as usize];
+            (0..self.reach.vms()).map(|vm| Pending { vm, after: start, pause: PAUSE_MIN }).collect();
+        let mut why = vec![Some(Failure::NotReady); self.reach.vms() as usize];
         let mut asked: Vec<Option<(Question, Duration)>> = (0..self.at_once.max(1)).map(|_| None).collect();
-        let mut under_way = 0;
+        let mut free: Vec<usize> = (0..asked.len()).rev().collect();
+        let (mut look_after, mut check_after) = (start, start);
         let mut outcome = Outcome::default();
 
         loop {
             let now = Instant::now();
             let over = stop.load(Ordering::Acquire) || self.deadline.is_some_and(|deadline| now >= deadline);
-            if over || (pending.is_empty() && under_way == 0) {
+            if over || (pending.is_empty() && free.len() == asked.len()) {
                 break;
             }
-            let mut look = pending.len().min(LOOK_AT);
-            for (slot, place) in asked.iter_mut().enumerate() {
-                if place.is_some() {
-                    continue;
+            let mut look = if now < look_after { 0 } else { pending.len().min(LOOK_AT) };
+            while look > 0
+                && let Some(&slot) = free.last()
+            {
+                match self.next(&mut pending, &mut look, &mut why, &target, now, &poll, slot) {
+                    Some(question) => asked[slot] = Some(question),
+                    None => {
+                        look_after = now + LOOK_PAUSE;
+                        break;
+                    }
                 }
-                *place = self.next(&mut pending, &mut look, &mut why, &target, now, &poll, slot);
-                if place.is_none() {
-                    break;
-                }
-                under_way += 1;
+                free.pop();
             }
 
-            let timeout = self.timeout(now, pending.front(), &asked);
+            let timeout = self.timeout(now, !pending.is_empty());
             match poll.poll(&mut events, Some(timeout)) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 result => result?,
             }
             let now = Instant::now();
-            for (slot, place) in asked.iter_mut().enumerate() {
-                let Some((question, pause)) = place else { continue };
-                let ready = events.iter().any(|event| event.token() == Token(slot));
-                let result = if ready {
-                    question.go_on()
-                } else if now >= question.until {
-                    Some(Err(Failure::TimedOut))
-                } else {
-                    None
+            let mut results = Vec::new();
+            for event in &events {
+                let slot = event.token().0;
+                if let Some(Some((question, _))) = asked.get_mut(slot)
+                    && let Some(result) = question.go_on()
+                {
+                    results.push((slot, result));
+                }
+            }
+            if now >= check_after {
+                check_after = now + CHECK;
+                let late = |place: &Option<(Question, Duration)>| {
+                    place.as_ref().is_some_and(|(question, _)| now >= question.until)
                 };
-                let Some(result) = result else { continue };
-                let (vm, pause) = (question.vm, *pause);
-                *place = None;
-                under_way -= 1;
+                let late = asked.iter().enumerate().filter(|(_, place)| late(place));
+                results.extend(late.map(|(slot, _)| (slot, Err(Failure::TimedOut))));
+            }
+            for (slot, result) in results {
+                // Two results of one question: the first counts.
+                let Some((Question { vm, .. }, pause)) = asked[slot].take() else { continue };
+                free.push(slot);
                 match result {
                     Ok(()) => {
                         why[vm as usize] = None;
@@ -232,22 +245,15 @@ impl Probe {
     }
 
     fn ask(&self, vm: u32, now: Instant, poll: &Poll, slot: usize) -> io::Result<Question> {
-        let port = self.ports.port_of(vm).ok_or(ErrorKind::AddrNotAvailable)?;
-        let mut stream = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
+        let mut stream = self.reach.connect(vm)?;
         poll.registry().register(&mut stream, Token(slot), Interest::READABLE | Interest::WRITABLE)?;
         Ok(Question { vm, stream, sent: 0, answer: Vec::new(), until: now + self.patience })
     }
 
-    fn timeout(
-        &self,
-        now: Instant,
-        pending: Option<&Pending>,
-        asked: &[Option<(Question, Duration)>],
-    ) -> Duration {
-        let until = asked.iter().flatten().map(|(question, _)| question.until);
-        let due = until.chain(self.deadline).min().map(|at| at.saturating_duration_since(now));
+    fn timeout(&self, now: Instant, pending: bool) -> Duration {
+        let due = self.deadline.map(|at| at.saturating_duration_since(now));
         // `stop` has no waker, so it is looked at as often as VMs that are not ready.
-        let look = if pending.is_some() { LOOK } else { LOOK * 5 };
+        let look = if pending { LOOK } else { CHECK };
         due.map_or(look, |due| due.min(look))
     }
 }

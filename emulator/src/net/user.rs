@@ -1,7 +1,8 @@
 //! The `user` transport: no privileges, only host sockets on loopback.
 //!
-//! One listener a VM on 127.0.0.1; each accepted connection becomes a TCP connection from the LAN's host side to the
-//! VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps when nothing happens.
+//! One listener a VM on 127.0.0.1, or as many as the limit of open files allows; each accepted connection becomes a TCP
+//! connection from the LAN's host side to the VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps
+//! when nothing happens.
 
 mod connection;
 mod event_loop;
@@ -23,8 +24,10 @@ use super::counters::Counters;
 use super::lan::{Lan, Watch};
 use super::policy::Policy;
 use super::ports;
+#[cfg(unix)]
+use super::reach::{Door, Reach};
 use super::rewrite::Ports;
-use event_loop::{EventLoop, WAKER};
+use event_loop::{Entrances, EventLoop, WAKER};
 
 /// What the bridge serves.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +56,8 @@ pub struct Limits {
     pub half_closed: Duration,
     /// Without a sign of a VM that owes an acknowledgement.
     pub silence: Duration,
+    /// VMs that get a port at most, from VM 0 on. The limit of open files may lower it.
+    pub listeners: u32,
     /// Connections open at once; more wait in the listeners' backlogs. The limit of open files may lower it.
     pub connections: usize,
     /// Connections open at once to one VM; more wait their turn. A web server closes what is beyond its own limit
@@ -71,6 +76,7 @@ impl Default for Limits {
             idle: Duration::from_secs(300),
             half_closed: Duration::from_secs(60),
             silence: Duration::from_secs(90),
+            listeners: u32::MAX,
             connections: 16_384,
             connections_per_vm: 96,
             handshakes_per_vm: 16,
@@ -85,6 +91,10 @@ pub struct UserBridge {
     policy: Policy,
     watch: Watch,
     listeners: Option<Vec<TcpListener>>,
+    /// VMs that have a port.
+    listening: u32,
+    #[cfg(unix)]
+    door: Door,
     running: Option<Running>,
 }
 
@@ -105,10 +115,21 @@ impl UserBridge {
     /// As [`UserBridge::bind`], with a policy.
     pub fn bind_with(mut config: Config, policy: Policy) -> Result<Self, Error> {
         ports::check(&config.ports)?;
-        config.limits.connections = ports::allow_files(config.ports.vms, config.limits.connections)?;
-        let listeners = ports::bind(&config.ports)?;
+        let files = ports::allow_files(config.ports.vms, config.limits.connections)?;
+        config.limits.connections = files.connections;
+        let listening = files.listeners.min(config.limits.listeners);
+        let listeners = ports::bind(&Ports { vms: listening, ..config.ports })?;
         let watch = Watch::new(config.ports.vms);
-        Ok(Self { config, policy, watch, listeners: Some(listeners), running: None })
+        Ok(Self {
+            config,
+            policy,
+            watch,
+            listeners: Some(listeners),
+            listening,
+            #[cfg(unix)]
+            door: Door::default(),
+            running: None,
+        })
     }
 
     /// Starts to serve, in a thread of its own.
@@ -127,7 +148,11 @@ impl UserBridge {
             Lan::new(links.clone(), self.watch.clone(), &self.policy),
             self.policy.services.clone(),
             poll,
-            listeners,
+            Entrances {
+                listeners,
+                #[cfg(unix)]
+                door: self.door.clone(),
+            },
             stop.clone(),
             woken.clone(),
         )
@@ -136,6 +161,12 @@ impl UserBridge {
             .name("net-user".into())
             .spawn(move || event_loop.run().map_err(io_error("wait for sockets")))
             .map_err(io_error("start its thread"))?;
+        #[cfg(unix)]
+        {
+            let wake = waker.clone();
+            // Should this fail, the next round is begun by something else.
+            self.door.set_bell(Arc::new(move || drop(wake.wake())));
+        }
         let wake = waker.clone();
         links.set_waker(Arc::new(move || {
             // The first call since the last round writes to the waker; the rest cost one atomic.
@@ -152,6 +183,8 @@ impl UserBridge {
     /// Ends all connections and joins the thread. The ports are free afterwards.
     pub fn stop(&mut self) -> Result<(), Error> {
         self.listeners = None;
+        #[cfg(unix)]
+        self.door.close();
         let Some(running) = self.running.take() else { return Ok(()) };
         running.stop.store(true, Ordering::Release);
         let woken = running.waker.wake();
@@ -171,6 +204,11 @@ impl UserBridge {
     /// What passed so far. Can be read while the bridge runs and after it stopped.
     pub fn counters(&self) -> Arc<Counters> {
         self.watch.counters.clone()
+    }
+
+    /// VMs that have a port, from VM 0 on: all of them, unless the limit of open files is too low for that.
+    pub fn listening(&self) -> u32 {
+        self.listening
     }
 
     /// The configuration, with the number of connections that the limit of open files leaves.
@@ -198,6 +236,11 @@ impl Bridge for UserBridge {
 
     fn ports(&self) -> Ports {
         self.config.ports
+    }
+
+    #[cfg(unix)]
+    fn reach(&self) -> Reach {
+        Reach::with_door(self.config.ports, self.listening, self.door.clone())
     }
 }
 

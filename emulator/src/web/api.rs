@@ -102,7 +102,7 @@ pub async fn vm(State(hub): State<Arc<Hub>>, Path(text): Path<String>) -> Respon
         let page = pages.state(vm);
         json!({
             "url": format!("/vm/{vm}/"),
-            "port": pages.address(vm).map(|address| address.port()),
+            "port": pages.reach().port_of(vm),
             "answers": match page.status {
                 PageStatus::Unknown => None,
                 status => Some(status == PageStatus::Answers),

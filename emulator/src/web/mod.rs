@@ -46,7 +46,7 @@ use tokio::sync::watch;
 
 use crate::fleet::{Fleet, lock};
 use crate::net::lan::Watch;
-use crate::net::rewrite::Ports;
+use crate::net::reach::Reach;
 use pages::Pages;
 use survey::{History, Sample};
 
@@ -57,7 +57,7 @@ pub type StatusReport = Box<dyn Fn(Option<u32>) -> String + Send + Sync>;
 #[derive(Clone)]
 pub struct Network {
     /// Where the VMs' web servers are reached.
-    pub ports: Ports,
+    pub reach: Reach,
     /// What passes.
     pub watch: Watch,
 }

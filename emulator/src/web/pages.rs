@@ -1,19 +1,17 @@
 //! Fetches the VMs' own pages for the uptime that they tell, as a browser would: through the bridge, from their nginx.
 //! Only while somebody looks at the grid; what is on the screen comes first.
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Hub;
 use crate::fleet::{Fleet, lock};
-use crate::net::rewrite::Ports;
+use crate::net::reach::{Reach, TaskStream};
 
 const REQUEST: &[u8] = b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: linux-on-gpu-page\r\n\r\n";
 /// Bytes of an answer that are looked at.
@@ -73,7 +71,7 @@ impl PageState {
 
 /// All VMs' pages.
 pub struct Pages {
-    ports: Ports,
+    reach: Reach,
     limits: Limits,
     states: Vec<AtomicU64>,
     fetched: AtomicU64,
@@ -101,9 +99,9 @@ impl Limits {
 
 impl Pages {
     /// Nobody was asked yet.
-    pub fn new(ports: Ports, limits: Limits) -> Self {
-        let states = (0..ports.vms).map(|_| AtomicU64::new(PageState::default().pack())).collect();
-        Self { ports, limits, states, fetched: AtomicU64::new(0) }
+    pub fn new(reach: Reach, limits: Limits) -> Self {
+        let states = (0..reach.vms()).map(|_| AtomicU64::new(PageState::default().pack())).collect();
+        Self { reach, limits, states, fetched: AtomicU64::new(0) }
     }
 
     /// What a VM's page said last.
@@ -116,15 +114,14 @@ impl Pages {
         self.fetched.load(Relaxed)
     }
 
-    /// Where a VM's web server is reached.
-    pub fn address(&self, vm: u32) -> Option<SocketAddr> {
-        Some((Ipv4Addr::LOCALHOST, self.ports.port_of(vm)?).into())
+    /// How the VMs' web servers are reached.
+    pub fn reach(&self) -> &Reach {
+        &self.reach
     }
 
     async fn fetch(&self, vm: u32) {
-        let Some(address) = self.address(vm) else { return };
         let began = Instant::now();
-        let body = timeout(PATIENCE, get(address)).await;
+        let body = timeout(PATIENCE, async { get(self.reach.connect_task(vm).await?).await }).await;
         let millis = u16::try_from(began.elapsed().as_millis()).unwrap_or(u16::MAX);
         let state = match body {
             Ok(Ok(answer)) if is_ok(&answer) => {
@@ -138,8 +135,7 @@ impl Pages {
     }
 }
 
-async fn get(address: SocketAddr) -> std::io::Result<Vec<u8>> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn get(mut stream: TaskStream) -> std::io::Result<Vec<u8>> {
     stream.write_all(REQUEST).await?;
     let mut answer = Vec::with_capacity(1024);
     stream.take(ANSWER_BYTES as u64).read_to_end(&mut answer).await?;

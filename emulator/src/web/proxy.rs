@@ -13,10 +13,11 @@ use axum::http::header::{self, HOST, HeaderName, HeaderValue, LOCATION};
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Hub;
+use crate::net::address::ip_of;
+use crate::net::reach::TaskStream;
 
 /// For connecting and for the head of the answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -82,14 +83,23 @@ async fn fetch(hub: &Hub, text: &str, request: Request) -> Response {
     let Some(vm) = number(hub, text) else {
         return note(StatusCode::NOT_FOUND, &format!("There is no VM {text}."));
     };
-    let Some(address) = hub.pages.as_ref().and_then(|pages| pages.address(vm)) else {
+    let Some(pages) = &hub.pages else {
         return note(StatusCode::NOT_FOUND, "No bridge leads to the VMs: the fleet runs with --net off.");
     };
     if hub.fleet.is_down(vm) {
         return note(StatusCode::BAD_GATEWAY, &format!("VM {vm} is down: {}", hub.fleet.status(vm).reason()));
     }
     let prefix = format!("/vm/{text}");
-    let asked = timeout(PATIENCE, ask(address, &prefix, request)).await;
+    // Its name, in the request and in redirections.
+    let host = match (pages.reach().port_of(vm), ip_of(vm)) {
+        (Some(port), _) => format!("127.0.0.1:{port}"),
+        (None, Ok(address)) => address.to_string(),
+        (None, Err(_)) => return note(StatusCode::NOT_FOUND, &format!("VM {vm} has no address.")),
+    };
+    let asked = timeout(PATIENCE, async {
+        ask(pages.reach().connect_task(vm).await?, &host, &prefix, request).await
+    });
+    let asked = asked.await;
     match asked {
         Ok(Ok(response)) => response,
         Ok(Err(why)) => note(StatusCode::BAD_GATEWAY, &format!("VM {vm} gave no answer: {why}")),
@@ -98,11 +108,11 @@ async fn fetch(hub: &Hub, text: &str, request: Request) -> Response {
 }
 
 async fn ask(
-    address: std::net::SocketAddr,
+    stream: TaskStream,
+    host: &str,
     prefix: &str,
     request: Request,
 ) -> Result<Response, Box<dyn std::error::Error + Send + Sync>> {
-    let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     // It ends with the answer; the answer's body tells errors.
     tokio::spawn(async move { drop(connection.await) });
@@ -113,14 +123,14 @@ async fn ask(
     *ours.uri_mut() = target.strip_prefix(prefix).unwrap_or("/").parse::<Uri>()?;
     let headers = ours.headers_mut();
     keep(&head.headers, headers, &TO_GUEST);
-    headers.insert(HOST, HeaderValue::from_str(&address.to_string())?);
+    headers.insert(HOST, HeaderValue::from_str(host)?);
     headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     let (head, body) = sender.send_request(ours).await?.into_parts();
     let mut response = Response::new(Body::new(body));
     *response.status_mut() = head.status;
     keep(&head.headers, response.headers_mut(), &FROM_GUEST);
     let location = head.headers.get(LOCATION).and_then(|to| to.to_str().ok());
-    if let Some(to) = location.and_then(|to| moved(to, &address.to_string(), prefix)) {
+    if let Some(to) = location.and_then(|to| moved(to, host, prefix)) {
         response.headers_mut().insert(LOCATION, HeaderValue::from_str(&to)?);
     }
     Ok(response)

@@ -131,7 +131,8 @@ fn complain(what: &str, ended: io::Result<()>) {
 /// Starts the tasks beside the router.
 fn start(config: Config) -> Arc<Hub> {
     let (sender, samples) = watch::channel(Arc::<Sample>::default());
-    let pages = config.net.as_ref().map(|net| Arc::new(Pages::new(net.ports, Limits::of(&config.fleet))));
+    let pages =
+        config.net.as_ref().map(|net| Arc::new(Pages::new(net.reach.clone(), Limits::of(&config.fleet))));
     let hub = Arc::new(Hub {
         fleet: config.fleet,
         facts: config.facts,

@@ -2,10 +2,10 @@
 
 use std::str::FromStr;
 
-use crate::abi::{TRACE_BYTES, WARP_BYTES};
+use crate::abi::{TRACE_BYTES, VM_SLOT_ALONE_BYTES, VM_SLOT_SHARED_BYTES};
 
 /// Engines that the kernels have.
-const MADE: &[EngineKind] = &[EngineKind::W];
+const MADE: &[EngineKind] = &EngineKind::ALL;
 /// What `auto` takes: the VMs per multiprocessor up to which an engine is the fastest, least first.
 const AUTO: &[(u32, EngineKind)] = &[(u32::MAX, EngineKind::W)];
 
@@ -66,7 +66,10 @@ impl EngineKind {
 
     /// Bytes of shared memory that a warp needs.
     pub const fn shared_bytes(self) -> u32 {
-        WARP_BYTES * self.vms_per_warp()
+        match self {
+            Self::W => VM_SLOT_ALONE_BYTES,
+            _ => VM_SLOT_SHARED_BYTES * self.vms_per_warp(),
+        }
     }
 }
 

@@ -50,6 +50,12 @@ pub fn kernels(
     cached(cache, &key, || Ok(compiler.cubin(NAME, SOURCE, HEADERS, arch, &options)?.code))
 }
 
+/// The hash of what decoded code depends on: the kernels that made it, and the image.
+pub fn format_key(arch: &str, kind: EngineKind, image: &str) -> String {
+    let sharing = kind.vms_per_warp().to_string();
+    key((0, 0), arch, &[&sharing, image], SOURCE, HEADERS)
+}
+
 /// The hash of everything that the code depends on. Lengths keep neighbouring texts apart.
 fn key(version: (u32, u32), arch: &str, options: &[&str], source: &str, headers: &[(&str, &str)]) -> String {
     let mut hash = Sha256::new();

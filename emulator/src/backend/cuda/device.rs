@@ -1,7 +1,7 @@
 //! The VMs of one device: their memory there, and the kernels that set them up and put them back.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use super::choice::EngineKind;
 use super::cubin::{self, Code};
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
 use super::error::Error;
+use super::kept::{self, Decoded, Format, Loaded};
 use super::plan::{Demand, DoesNotFit, Plan};
 use crate::abi::{FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::nvrtc::Compiler;
@@ -24,6 +25,8 @@ const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 const SETUP_THREADS: u32 = 128;
 /// Decoded code is not cleared more often.
 const CLEAR_AT_MOST_EVERY: Duration = Duration::from_secs(5);
+/// Decoded code is written once more if there are so many times as many texts, in percent.
+const KEEP_AGAIN_AT: u64 = 110;
 /// Entries written at once to large tables.
 const CHUNK: u32 = 1 << 20;
 
@@ -64,6 +67,12 @@ pub(super) struct Device {
     pub registers: u32,
     pub resources: Resources,
     pub code: Code,
+    /// Decoded code of an earlier start.
+    pub loaded: Loaded,
+    /// Where decoded code is kept, if it is.
+    kept: Option<PathBuf>,
+    /// Texts in that file; held while it is written.
+    kept_texts: Mutex<u64>,
     reset: Function,
     forget_code: Function,
     code_cleared: Mutex<Option<Instant>>,
@@ -83,6 +92,14 @@ fn take(context: &Arc<Context>, what: &'static str, bytes: u64) -> Result<Buffer
 
 fn no_memory(what: &'static str, bytes: u64, cause: CallError) -> Error {
     if cause.is_out_of_memory() { Error::NoMemory { what, bytes, cause } } else { Error::Call(cause) }
+}
+
+/// What a file with decoded code has to agree on.
+fn format(plan: &Plan, kind: EngineKind) -> Format {
+    let trace_bytes = kind.trace_bytes();
+    let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
+    let lane_text = kept::LANE_TEXT;
+    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, lane_text }
 }
 
 /// The register budget for so many warps.
@@ -109,6 +126,7 @@ impl Device {
         shared: &SharedFrames,
         compiler: &Compiler,
         cache: Option<&Path>,
+        kept: Option<(&Path, &str)>,
     ) -> Result<Self, Error> {
         context.make_current()?;
         let properties = context.properties().clone();
@@ -136,6 +154,8 @@ impl Device {
             let (ordinal, name) = (properties.ordinal, properties.name.clone());
             Error::DoesNotFit { ordinal, name, free, vms, ram: config.boot.ram_bytes, fits }
         })?;
+        let kept = kept.map(|(folder, image)| kept::file(folder, image, &properties.arch(), kind));
+        let found = kept.as_ref().map(|file| kept::read(file, format(&plan, kind))).unwrap_or_default();
         let frames = u64::from(plan.private_frames) + u64::from(shared.count);
         let words = |count: u64| count * 4;
         // Engine W puts addresses together from a frame's and the offset in it.
@@ -155,6 +175,7 @@ impl Device {
                 at.write_bytes(0, std::mem::offset_of!(Mailbox, out));
             }
         }
+        let loaded = Loaded::from(&found);
         let device = Self {
             vms: take(&context, "the VMs", u64::from(vms) * size_of::<Vm>() as u64)?,
             pool: take(&context, "the pool", size_of::<Pool>() as u64)?,
@@ -176,17 +197,20 @@ impl Device {
             registers,
             resources,
             code,
+            kept_texts: Mutex::new(loaded.counts.map_or(0, |(texts, _)| texts.into())),
+            loaded,
+            kept,
             pages,
             first_frame,
             _memory: [base, ring, code_of, texts, text_table, traces],
         };
-        device.fill(config, shared)?;
+        device.fill(config, shared, found.decoded.as_ref())?;
         device.set_up(config, &setup)?;
         Ok(device)
     }
 
     /// Writes what all VMs share.
-    fn fill(&self, config: &Config, shared: &SharedFrames) -> Result<(), Error> {
+    fn fill(&self, config: &Config, shared: &SharedFrames, kept: Option<&Decoded>) -> Result<(), Error> {
         let [base, ring, code_of, texts, text_table, traces] = &self._memory;
         let stream = crate::fleet::lock(&self.control);
         let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
@@ -198,7 +222,16 @@ impl Device {
             ring.write(&stream, u64::from(start) * 4, &numbers)?;
         }
         code_of.zero(&stream, 0, code_of.bytes())?;
-        text_table.zero(&stream, 0, text_table.bytes())?;
+        let (mut text_count, mut trace_count) = (0, 0);
+        match kept {
+            Some(decoded) => {
+                text_table.write(&stream, 0, &decoded.table())?;
+                texts.write(&stream, 0, &decoded.words)?;
+                traces.write(&stream, 0, decoded.traces())?;
+                (text_count, trace_count) = (decoded.texts(), decoded.trace_count());
+            }
+            None => text_table.zero(&stream, 0, text_table.bytes())?,
+        }
         self.first_table.write(&stream, 0, &shared.table)?;
         let pool = Pool {
             base_ptr: base.address() + self.first_frame,
@@ -211,14 +244,14 @@ impl Device {
             code_frame_ptr: 0,
             code_ptr: 0,
             code_pages_per_vm: 0,
-            text_count: 0,
+            text_count,
             text_ptr: texts.address(),
             text_table_ptr: text_table.address(),
             trace_ptr: traces.address(),
             text_capacity: self.plan.texts,
             text_slots: self.plan.slots(),
             trace_capacity: self.plan.traces,
-            trace_count: 0,
+            trace_count,
         };
         Ok(self.pool.write(&stream, 0, &[pool])?)
     }
@@ -287,6 +320,71 @@ impl Device {
         stream.wait()?;
         *cleared = Some(Instant::now());
         Ok(())
+    }
+
+    /// Where decoded code is kept, if it is.
+    pub fn kept_file(&self) -> Option<&Path> {
+        self.kept.as_deref()
+    }
+
+    /// Writes the decoded code to its file, unless the file has nearly as much; launches may run. Returns why it could
+    /// not.
+    pub fn keep_code(&self) -> Option<String> {
+        let file = self.kept.as_ref()?;
+        let trouble = |why: &dyn std::fmt::Display| {
+            Some(format!("{}: decoded code can't be kept for the next start: {why}", file.display()))
+        };
+        let mut kept_texts = crate::fleet::lock(&self.kept_texts);
+        let decoded = match self.decoded(*kept_texts) {
+            Ok(Some(decoded)) => decoded,
+            Ok(None) => return None,
+            Err(error) => return trouble(&error),
+        };
+        match kept::write(file, &decoded) {
+            // Too much of it is no failure, and won't become less.
+            Ok(_) => *kept_texts = decoded.texts().into(),
+            Err(error) => return trouble(&error),
+        }
+        None
+    }
+
+    /// The decoded code, if there is much more than in its file.
+    fn decoded(&self, kept_texts: u64) -> Result<Option<Decoded>, CallError> {
+        let [_, _, _, texts, text_table, traces] = &self._memory;
+        // Launches add to it, which does no harm; but nobody may clear it meanwhile.
+        let _shared = self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.context.make_current()?;
+        let stream = Stream::new(&self.context)?;
+        // SAFETY: a `Pool` is integers; `fill` has written it.
+        let pool = unsafe {
+            let mut pool = [std::mem::zeroed::<Pool>()];
+            self.pool.read(&stream, 0, &mut pool)?;
+            pool[0]
+        };
+        let made = u64::from(pool.text_count.min(self.plan.texts));
+        if made * 100 <= kept_texts * KEEP_AGAIN_AT {
+            return Ok(None);
+        }
+        let mut table = vec![0u32; self.plan.slots() as usize];
+        // SAFETY: plain integers, all of which `fill` has written.
+        unsafe { text_table.read(&stream, 0, &mut table)? };
+        let decoded = Decoded::gather(
+            format(&self.plan, self.kind),
+            &table,
+            |count| {
+                let mut words = vec![0u32; count * TEXT_BYTES as usize / 4];
+                // SAFETY: plain integers; whatever they are, they are looked at with care.
+                unsafe { texts.read(&stream, 0, &mut words)? };
+                Ok::<_, CallError>(words)
+            },
+            |count| {
+                let mut bytes = vec![0u8; count * self.kind.trace_bytes() as usize];
+                // SAFETY: as above.
+                unsafe { traces.read(&stream, 0, &mut bytes)? };
+                Ok(bytes)
+            },
+        )?;
+        Ok((decoded.texts() > 0).then_some(decoded))
     }
 
     /// The state of a VM that is in no launch.

@@ -67,6 +67,9 @@ pub enum Error {
     /// The driver refused something.
     #[error(transparent)]
     Call(#[from] CallError),
+    /// A mistake in the program; its message was printed.
+    #[error("the thread that opens the GPUs has crashed")]
+    Crashed,
     /// No randomness.
     #[error("the host's random source does not answer: {0}")]
     Entropy(std::io::Error),

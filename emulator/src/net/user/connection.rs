@@ -4,13 +4,13 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
 use mio::event::Event;
-use mio::net::TcpStream;
 use smoltcp::socket::tcp::{RecvError, State};
 
 use super::Limits;
 use super::stack::{Crashed, Sent, Stack, Tcp};
 use crate::net::counters::Counters;
 use crate::net::lan::Lan;
+use crate::net::reach::Stream;
 use crate::net::reason::Reason;
 use crate::net::tap::Direction;
 
@@ -72,7 +72,7 @@ pub struct Connection {
     /// Set if it is a VM's, to a service of the host.
     pub service: Option<ServiceKey>,
     phase: Phase,
-    client: Option<TcpStream>,
+    client: Option<Stream>,
     tcp: Option<Tcp>,
     readable: bool,
     /// The client has sent its end; no further event will announce it.
@@ -96,7 +96,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub fn new(id: u64, vm: u32, client: TcpStream, now: Instant) -> Self {
+    pub fn new(id: u64, vm: u32, client: Stream, now: Instant) -> Self {
         Self {
             vm,
             port: 0,
@@ -129,14 +129,7 @@ impl Connection {
     }
 
     /// A connection that a VM has begun with this packet, to a service that is being connected.
-    pub fn to_service(
-        id: u64,
-        vm: u32,
-        service: TcpStream,
-        key: ServiceKey,
-        syn: &[u8],
-        now: Instant,
-    ) -> Self {
+    pub fn to_service(id: u64, vm: u32, service: Stream, key: ServiceKey, syn: &[u8], now: Instant) -> Self {
         Self {
             service: Some(key),
             phase: Phase::Reaching,
@@ -148,8 +141,8 @@ impl Connection {
 
     /// The service's key and the VM's first packet, once the service has answered.
     pub fn reached(&mut self) -> Option<(ServiceKey, Box<[u8]>)> {
-        let client = self.client.as_ref().filter(|_| self.phase == Phase::Reaching && self.writable)?;
-        client.peer_addr().ok()?;
+        let reaching = self.phase == Phase::Reaching && self.writable;
+        self.client.as_ref().filter(|client| reaching && client.is_connected())?;
         Some((self.service?, self.syn.take()?))
     }
 
@@ -450,13 +443,7 @@ impl Connection {
     /// Closes the client's socket with a reset instead of an orderly end.
     fn reset_client(&mut self) {
         if let Some(client) = self.client.take() {
-            reset(client);
+            client.reset();
         }
     }
-}
-
-/// Closes a socket with a reset.
-pub fn reset(client: TcpStream) {
-    // Should this fail, the client still sees the connection end.
-    let _ = rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO));
 }

@@ -14,12 +14,15 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token};
 
 use super::Config;
-use super::connection::{Connection, Env, Failure, Phase, ServiceKey, reset};
+use super::connection::{Connection, Env, Failure, Phase, ServiceKey};
 use super::stack::Stack;
 use crate::net::counters::Counters;
 use crate::net::lan::{Lan, TCP_ROOM};
 use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, TCP};
 use crate::net::policy::Services;
+#[cfg(unix)]
+use crate::net::reach::Door;
+use crate::net::reach::Stream;
 use crate::net::reason::Reason;
 
 /// The waker's token; listeners have their VM's number, connections follow.
@@ -48,6 +51,15 @@ pub(super) struct Vm {
     starved: VecDeque<(usize, u64)>,
 }
 
+/// Where clients come from.
+pub struct Entrances {
+    /// Of the first VMs, one each.
+    pub listeners: Vec<TcpListener>,
+    /// To all VMs.
+    #[cfg(unix)]
+    pub door: Door,
+}
+
 pub struct EventLoop {
     pub(super) config: Config,
     pub(super) services: Services,
@@ -55,6 +67,8 @@ pub struct EventLoop {
     stop: Arc<AtomicBool>,
     woken: Arc<AtomicBool>,
     pub(super) listeners: Vec<TcpListener>,
+    #[cfg(unix)]
+    door: Door,
     pub(super) counters: Arc<Counters>,
     pub(super) lan: Lan,
     pub(super) stack: Stack,
@@ -86,10 +100,11 @@ impl EventLoop {
         lan: Lan,
         services: Services,
         poll: Poll,
-        mut listeners: Vec<TcpListener>,
+        entrances: Entrances,
         stop: Arc<AtomicBool>,
         woken: Arc<AtomicBool>,
     ) -> io::Result<Self> {
+        let Entrances { mut listeners, .. } = entrances;
         for (vm, listener) in listeners.iter_mut().enumerate() {
             poll.registry().register(listener, Token(vm), Interest::READABLE)?;
         }
@@ -100,7 +115,10 @@ impl EventLoop {
             poll,
             stop,
             woken,
+            queued: vec![false; listeners.len()],
             listeners,
+            #[cfg(unix)]
+            door: entrances.door,
             counters: lan.watch().counters.clone(),
             lan,
             stack: Stack::new(config.ports.vms, config.limits.window, now),
@@ -115,7 +133,6 @@ impl EventLoop {
             touched: Vec::new(),
             dirty: Vec::new(),
             accepting: VecDeque::new(),
-            queued: vec![false; config.ports.vms as usize],
             accept_after: None,
             next_down_check: None,
             now,
@@ -148,6 +165,8 @@ impl EventLoop {
                 self.touch_starved(vm, TCP_ROOM);
             }
             self.accept();
+            #[cfg(unix)]
+            self.let_in();
             self.expire();
             self.check_down();
             self.serve_touched();
@@ -156,6 +175,8 @@ impl EventLoop {
 
     fn timeout(&self) -> Option<Duration> {
         let accept_now = !self.accepting.is_empty() && self.accept_after.is_none() && self.may_accept();
+        #[cfg(unix)]
+        let accept_now = accept_now || (self.may_accept() && self.door.has_guests());
         if accept_now || !self.dirty.is_empty() || !self.touched.is_empty() {
             return Some(Duration::ZERO);
         }
@@ -291,7 +312,12 @@ impl EventLoop {
                 }
                 turn -= 1;
                 match self.listeners[vm as usize].accept() {
-                    Ok((client, _)) => self.accepted(vm, client),
+                    Ok((client, _)) => {
+                        // Without it, small answers could wait for acknowledgements. It is no loss if the system
+                        // refuses.
+                        let _ = client.set_nodelay(true);
+                        self.accepted(vm, Stream::Tcp(client));
+                    }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {
                         self.queued[vm as usize] = false;
                         break;
@@ -308,21 +334,28 @@ impl EventLoop {
         }
     }
 
-    fn accepted(&mut self, vm: u32, mut client: mio::net::TcpStream) {
+    /// Serves those that came through the door.
+    #[cfg(unix)]
+    fn let_in(&mut self) {
+        let room = self.config.limits.connections.saturating_sub(self.open);
+        for (vm, client) in self.door.take(room) {
+            self.accepted(vm, Stream::Pair(client));
+        }
+    }
+
+    fn accepted(&mut self, vm: u32, mut client: Stream) {
         Counters::add(&self.counters.accepted, 1);
         if self.lan.links().is_down(vm) {
             Counters::add(&self.counters.refused, 1);
-            reset(client);
+            client.reset();
             return;
         }
         let index = self.slot();
         let token = Token(self.listeners.len() + index);
         let interest = Interest::READABLE | Interest::WRITABLE;
-        // Without it, small answers could wait for acknowledgements. It is no loss if the system refuses.
-        let _ = client.set_nodelay(true);
         if self.poll.registry().register(&mut client, token, interest).is_err() {
             self.free.push(index);
-            reset(client);
+            client.reset();
             return;
         }
         self.next_id += 1;

@@ -11,6 +11,7 @@ use mio::{Interest, Token};
 use super::connection::{Connection, Env, ServiceKey};
 use super::event_loop::EventLoop;
 use crate::net::packet::{Ipv4, Segment};
+use crate::net::reach::Stream;
 use crate::net::reason::Reason;
 
 const SYN: u8 = 2;
@@ -47,9 +48,10 @@ impl EventLoop {
         if !self.may_accept() || used >= self.config.limits.connections_per_vm {
             return None;
         }
-        let mut service = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).ok()?;
+        let service = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).ok()?;
         // As for clients: without it, small pieces could wait.
         let _ = service.set_nodelay(true);
+        let mut service = Stream::Tcp(service);
         let index = self.slot();
         let token = Token(self.listeners.len() + index);
         let interest = Interest::READABLE | Interest::WRITABLE;
