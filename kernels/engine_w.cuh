@@ -304,13 +304,33 @@ SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
     warp_sync();
 }
 
+// Translations outlive a slice, unless all texts have been forgotten since. The last word says in its halves
+// for which epoch they hold (0: for none), and slot.large.
+FN u32 saved_epoch(const VmSlot *slot) { return slot->pool->code_epoch + 1; }
+FN void translations_save(VmSlot *slot) {
+    if (!slot->saved) return;
+    const u64 *words = (const u64 *)slot;
+    for (u32 i = warp_lane(); i < SAVED_WORDS - 1; i += 32) slot->saved[i] = words[i];
+    if (warp_lane() == 0) slot->saved[SAVED_WORDS - 1] = saved_epoch(slot) | (u64)slot->large << 32;
+    warp_sync();
+}
+FN void translations_load(VmSlot *slot) {
+    u64 last = slot->saved ? slot->saved[SAVED_WORDS - 1] : 0;
+    if ((u32)last != saved_epoch(slot)) return forget_all(slot);
+    u64 *words = (u64 *)slot;
+    for (u32 i = warp_lane(); i < SAVED_WORDS - 1; i += 32) words[i] = slot->saved[i];
+    if (warp_lane() == 0) slot->large = (u32)(last >> 32);
+    warp_sync();
+}
+
 SLOW u32 warp_begin(VmSlot *slot) {
     Machine m = machine_at(slot);
+    translations_load(slot);
     if (warp_lane() == 0) slice_begin(m, *slot->request);
     warp_sync();
-    forget_all(slot);
+    u32 events = forget(slot, m); // packets may have come to pages at hand
     warp_load(slot);
-    return warp_shuffle(m.events, 0) & (EV_CHECK | EV_EXIT);
+    return events & (EV_CHECK | EV_EXIT);
 }
 
 // Interrupts, idling and the next deadline. False: the slice is over.
@@ -330,7 +350,7 @@ SLOW bool warp_turn(VmSlot *slot, u32 events) {
         }
     }
     turn = warp_shuffle(turn, 0);
-    if (turn != TURN_RUN) warp_save(slot);
+    if (turn != TURN_RUN) warp_save(slot), translations_save(slot);
     return turn == TURN_RUN;
 }
 
@@ -384,9 +404,10 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
 }
 
 // Prepares a slot; `vm` is null if there is no VM for it.
-FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
+FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
                   SliceResult *result) {
-    slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->request = request, slot->result = result;
+    slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
+    slot->result = result;
     slot->x[0] = slot->x[PAGE_SLOT] = 0;
     if (!vm) return;
     u64 most = 1ull << 31, budget = request->budget;

@@ -2,12 +2,22 @@
 #define MACHINE_WARP 1
 #include "engine_w.cuh"
 
+// Where the VM's translations are kept from slice to slice.
+FN u64 *saved_of(const Pool *pool, u32 vm) {
+    return pool->saved_ptr ? (u64 *)(uintptr_t)pool->saved_ptr + (u64)vm * SAVED_WORDS : 0;
+}
+FN void saved_forget(const Pool *pool, u32 vm) {
+    u64 *saved = saved_of(pool, vm);
+    if (saved && threadIdx.x == 0) saved[SAVED_WORDS - 1] = 0;
+}
+
 // Gives VMs first_vm, first_vm + 1, ... (one block each) the frame table that every VM starts with.
 extern "C" __global__ void machine_setup(Vm *vms, u32 *tables, const u32 *initial_table, Pool *pool,
                                          u32 first_vm, u32 count) {
     u32 i = blockIdx.x;
     if (i >= count) return;
     Vm &vm = vms[first_vm + i];
+    saved_forget(pool, first_vm + i);
     u32 *table = (u32 *)(uintptr_t)vm.ram.table_ptr;
     for (u32 page = threadIdx.x; page < vm.ram.pages; page += blockDim.x) table[page] = initial_table[page];
 }
@@ -21,7 +31,8 @@ extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, con
     if (lane < VMS_PER_WARP) {
         u32 i = first + lane < count ? first + lane : first, number = list[i].vm;
         Vm *vm = first + lane < count ? &vms[number] : 0;
-        slot_open(&slots[lane], vm, pool, &mail[number], &list[i].request, &results[i]);
+        slot_open(&slots[lane], vm, pool, &mail[number], saved_of(pool, number), &list[i].request,
+                  &results[i]);
     }
     warp_sync();
     warp_slices(slots, pool);
@@ -31,6 +42,7 @@ extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, con
 // its state.
 extern "C" __global__ void machine_reset(Vm *vms, Pool *pool, const u32 *initial_table, u32 number) {
     Vm &vm = vms[number];
+    saved_forget(pool, number);
     u32 *table = (u32 *)(uintptr_t)vm.ram.table_ptr;
     u32 *ring = (u32 *)(uintptr_t)pool->ring_ptr;
     u32 *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
@@ -53,5 +65,5 @@ extern "C" __global__ void machine_forget_code(Pool *pool, u32 frames) {
     u32 *table = (u32 *)(uintptr_t)pool->text_table_ptr, *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
     for (u32 i = at; i < pool->text_slots; i += all) table[i] = 0;
     for (u32 i = at; i < frames; i += all) codes[i] = 0;
-    if (at == 0) pool->text_count = pool->trace_count = 0;
+    if (at == 0) pool->text_count = pool->trace_count = 0, pool->code_epoch++;
 }

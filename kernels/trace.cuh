@@ -147,8 +147,8 @@ struct TraceKinds {
         ALU_IMM(SRAI, A_SRA) ALU_IMM(LI, A_ADD) ALU_IMM(AUIPC, A_ADD)
         ALU_IMM(FENCE, A_ADD) ALU_IMM(FENCE_I, A_ADD) // to no register
 #undef ALU_IMM
-            // clang-format on
-            // accesses: bits 1:0 log2 of the size, bit 2 signed
+                                                   // clang-format on
+                                                   // accesses: bits 1:0 log2 of the size, bit 2 signed
             set(OP_LB, T_LOAD, 0 | 4),
             set(OP_LH, T_LOAD, 1 | 4), set(OP_LW, T_LOAD, 2);
         set(OP_LBU, T_LOAD, 0), set(OP_LHU, T_LOAD, 1);

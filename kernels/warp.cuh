@@ -31,8 +31,9 @@ struct alignas(8) FetchEntry {
     u32 tag, text;
 };
 // A VM while its slice runs, in shared memory.
-struct VmSlot {
-    DataEntry data[DATA_ENTRIES];
+#define SAVED_WORDS (DATA_ENTRIES + FETCH_ENTRIES + 1) // of 8 bytes
+struct alignas(8) VmSlot {
+    DataEntry data[DATA_ENTRIES]; // first, and these together: they are saved as words of 8 bytes
     FetchEntry fetch[FETCH_ENTRIES];
     u32 x[35]; // x0 to x31 and the address of the page
     u32 large; // 4 MiB that have large pages here, see large_mark
@@ -41,6 +42,7 @@ struct VmSlot {
     Mailbox *mail;
     const SliceRequest *request;
     SliceResult *result;
+    u64 *saved;             // translations from slice to slice, or null
     u64 before, end, limit; // steps: at the start of the slice, at its end, at the next deadline
 };
 

@@ -65,7 +65,7 @@ pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
 pub const TRACES_PER_VM: u32 = 1 << 16;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
-pub const VM_SLOT_BYTES: u32 = 208;
+pub const VM_SLOT_BYTES: u32 = 216;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;
@@ -426,6 +426,12 @@ pub struct Pool {
     pub trace_capacity: u32,
     /// Engine W: traces made so far (may count beyond the capacity).
     pub trace_count: u32,
+    /// Engine W: translations that VMs had at hand at the end of their last slice, 8 bytes each and 8 more a VM, or 0.
+    pub saved_ptr: u64,
+    /// Engine W: counts how often all texts were forgotten.
+    pub code_epoch: u32,
+    /// Padding.
+    pub reserved: u32,
 }
 
 /// One entry of the list of VMs that a GPU launch runs.

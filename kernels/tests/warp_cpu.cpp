@@ -120,7 +120,10 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     }
     if (!pool->text_ptr) code_memory(pool);
     Warp *w = warp;
-    for (u32 i = 0; i < VMS_PER_WARP; i++) slot_open(&w->slots[i], i ? 0 : vm, pool, mail, request, result);
+    for (u32 i = 0; i < VMS_PER_WARP; i++) {
+        u64 *saved = pool->saved_ptr ? (u64 *)(uintptr_t)pool->saved_ptr + vm->number * SAVED_WORDS : 0;
+        slot_open(&w->slots[i], i ? 0 : vm, pool, mail, saved, request, result);
+    }
     w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {
         w->turn[lane] = 0;

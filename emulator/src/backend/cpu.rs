@@ -177,6 +177,9 @@ impl CpuMachines {
                 text_slots: 0,
                 trace_capacity: 0,
                 trace_count: 0,
+                saved_ptr: 0,
+                code_epoch: 0,
+                reserved: 0,
             });
         }
         for vm in 0..vms {

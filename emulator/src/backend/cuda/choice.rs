@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use crate::abi::{TRACE_BYTES, VM_SLOT_ALONE_BYTES, VM_SLOT_SHARED_BYTES};
+use crate::abi::{TRACE_BYTES, VM_SLOT_BYTES};
 
 /// Engines that the kernels have.
 const MADE: &[EngineKind] = &EngineKind::ALL;
@@ -63,13 +63,41 @@ impl EngineKind {
     pub const fn trace_bytes(self) -> u32 {
         TRACE_BYTES / self.vms_per_warp()
     }
+}
 
-    /// Bytes of shared memory that a warp needs.
+/// Translations that each VM has at hand, in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translations {
+    /// Of loads and stores, a power of two.
+    pub data: u32,
+    /// Of instruction fetches, a power of two.
+    pub fetch: u32,
+}
+
+impl Translations {
+    /// Most first.
+    const SIZES: [Self; 4] = [
+        Self { data: 512, fetch: 256 },
+        Self { data: 256, fetch: 128 },
+        Self { data: 128, fetch: 64 },
+        Self { data: 64, fetch: 32 },
+    ];
+
+    /// As many as half of a multiprocessor's shared memory has for the VMs that are on it; the other half is its L1 cache.
+    pub fn pick(vms: u32, multiprocessors: u32, shared_bytes: u32) -> Self {
+        let each = vms.div_ceil(multiprocessors.max(1)).max(1);
+        let fits = |size: &&Self| each.saturating_mul(size.shared_bytes()) <= shared_bytes / 2;
+        *Self::SIZES.iter().find(fits).unwrap_or(&Self::SIZES[3])
+    }
+
+    /// Bytes of shared memory of a VM.
     pub const fn shared_bytes(self) -> u32 {
-        match self {
-            Self::W => VM_SLOT_ALONE_BYTES,
-            _ => VM_SLOT_SHARED_BYTES * self.vms_per_warp(),
-        }
+        8 * (self.data + self.fetch) + VM_SLOT_BYTES
+    }
+
+    /// Bytes in which they are kept between slices.
+    pub const fn saved_bytes(self) -> u32 {
+        8 * (self.data + self.fetch + 1)
     }
 }
 
@@ -148,5 +176,12 @@ mod tests {
         }
         assert!(AUTO.windows(2).all(|pair| pair[0].0 < pair[1].0));
         assert_eq!(EngineChoice::Only(EngineKind::W).pick(1 << 20, 1), EngineKind::W);
+    }
+
+    #[test]
+    fn few_vms_have_many_translations() {
+        let most = |vms| Translations::pick(vms, 132, 227 << 10).data;
+        assert_eq!((most(1), most(1024), most(4096), most(8192), most(65536)), (512, 512, 256, 128, 64));
+        assert!(Translations::SIZES.iter().all(|size| size.data.is_power_of_two() && size.fetch.is_power_of_two()));
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
-use super::choice::EngineKind;
+use super::choice::{EngineKind, Translations};
 use crate::backend::nvrtc::{Compiler, Error, HEADERS};
 
 /// The kernels' source; the machine's headers come by name.
@@ -40,12 +40,15 @@ pub fn kernels(
     compiler: &Compiler,
     arch: &str,
     kind: EngineKind,
+    translations: Translations,
     registers: u32,
     cache: Option<&Path>,
 ) -> Result<Code, Error> {
     let limit = format!("--maxrregcount={registers}");
     let sharing = format!("--define-macro=VMS_PER_WARP={}", kind.vms_per_warp());
-    let options = [limit.as_str(), sharing.as_str(), "--generate-line-info"];
+    let data = format!("--define-macro=DATA_ENTRIES={}u", translations.data);
+    let fetch = format!("--define-macro=FETCH_ENTRIES={}u", translations.fetch);
+    let options = [limit.as_str(), &sharing, &data, &fetch, "--generate-line-info"];
     let key = key(compiler.version(), arch, &options, SOURCE, HEADERS);
     cached(cache, &key, || Ok(compiler.cubin(NAME, SOURCE, HEADERS, arch, &options)?.code))
 }

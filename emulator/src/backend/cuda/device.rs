@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use super::Config;
-use super::choice::EngineKind;
+use super::choice::{EngineKind, Translations};
 use super::cubin::{self, Code};
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
 use super::error::Error;
@@ -64,6 +64,8 @@ pub(super) struct Device {
     pub plan: Plan,
     pub kind: EngineKind,
     pub warps_per_block: u32,
+    /// Bytes of shared memory of a warp.
+    pub shared_bytes: u32,
     pub registers: u32,
     pub resources: Resources,
     pub code: Code,
@@ -83,7 +85,7 @@ pub(super) struct Device {
     /// Where in its memory the frames begin.
     first_frame: u64,
     // reached through the pool alone
-    _memory: [Buffer; 6],
+    _memory: [Buffer; 7],
 }
 
 fn take(context: &Arc<Context>, what: &'static str, bytes: u64) -> Result<Buffer, Error> {
@@ -106,6 +108,11 @@ fn format(plan: &Plan, kind: EngineKind) -> Format {
 fn registers(warps: u32, multiprocessors: u32) -> u32 {
     let each = warps.div_ceil(multiprocessors.max(1));
     REGISTERS.iter().find(|(most, _)| each <= *most).map_or(64, |(_, registers)| *registers)
+}
+
+/// Warps that a multiprocessor runs at once with so many registers a thread: it has 65,536.
+fn warps_at_once(registers: u32) -> u32 {
+    (65536 / 32 / registers.max(1)).clamp(1, 64)
 }
 
 /// Warps in each block for so many of them. Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that
@@ -134,7 +141,11 @@ impl Device {
         let kind = config.engine.pick(vms, properties.multiprocessors);
         let warps = kind.warps(vms);
         let registers = config.registers.unwrap_or(registers(warps, properties.multiprocessors));
-        let code = cubin::kernels(compiler, &properties.arch(), kind, registers, cache)?;
+        // What is not on the device at once needs no shared memory.
+        let at_once = vms.min(properties.multiprocessors.saturating_mul(warps_at_once(registers) * kind.vms_per_warp()));
+        let translations = Translations::pick(at_once, properties.multiprocessors, properties.shared_bytes);
+        let shared_bytes = translations.shared_bytes() * kind.vms_per_warp();
+        let code = cubin::kernels(compiler, &properties.arch(), kind, translations, registers, cache)?;
         let module = Module::load(&context, &code.cubin)?;
         let (setup, run, reset, forget_code) = (
             module.function(c"machine_setup")?,
@@ -143,10 +154,10 @@ impl Device {
             module.function(c"machine_forget_code")?,
         );
         let resources = run.resources()?;
-        let fit = (properties.shared_bytes / kind.shared_bytes()).clamp(1, 32);
+        let fit = (properties.shared_bytes / shared_bytes).clamp(1, 32);
         let wanted = config.warps_per_block.unwrap_or(warps_per_block(warps, properties.multiprocessors));
         let warps_per_block = wanted.clamp(1, fit);
-        run.allow_shared(warps_per_block * kind.shared_bytes())?;
+        run.allow_shared(warps_per_block * shared_bytes)?;
 
         let demand = Demand { vms, pages, shared_frames: shared.count, trace_bytes: kind.trace_bytes() };
         let (free, _) = context.memory()?;
@@ -166,6 +177,7 @@ impl Device {
         let texts = take(&context, "texts", u64::from(plan.texts) * u64::from(TEXT_BYTES))?;
         let text_table = take(&context, "the texts' table", words(plan.slots().into()))?;
         let traces = take(&context, "traces", u64::from(plan.traces) * u64::from(kind.trace_bytes()))?;
+        let saved = take(&context, "translations", u64::from(vms) * u64::from(translations.saved_bytes()))?;
         let mail = Pinned::<Mailbox>::new(&context, vms as usize)
             .map_err(|cause| no_memory("mailboxes", vms as u64 * size_of::<Mailbox>() as u64, cause))?;
         for vm in 0..vms as usize {
@@ -194,6 +206,7 @@ impl Device {
             plan,
             kind,
             warps_per_block,
+            shared_bytes,
             registers,
             resources,
             code,
@@ -202,7 +215,7 @@ impl Device {
             kept,
             pages,
             first_frame,
-            _memory: [base, ring, code_of, texts, text_table, traces],
+            _memory: [base, ring, code_of, texts, text_table, traces, saved],
         };
         device.fill(config, shared, found.decoded.as_ref())?;
         device.set_up(config, &setup)?;
@@ -211,7 +224,7 @@ impl Device {
 
     /// Writes what all VMs share.
     fn fill(&self, config: &Config, shared: &SharedFrames, kept: Option<&Decoded>) -> Result<(), Error> {
-        let [base, ring, code_of, texts, text_table, traces] = &self._memory;
+        let [base, ring, code_of, texts, text_table, traces, saved] = &self._memory;
         let stream = crate::fleet::lock(&self.control);
         let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
         shared.fill(&config.boot, &mut frames);
@@ -252,7 +265,14 @@ impl Device {
             text_slots: self.plan.slots(),
             trace_capacity: self.plan.traces,
             trace_count,
+            saved_ptr: saved.address(),
+            code_epoch: 0,
+            reserved: 0,
         };
+        // Lanes without a VM run trace 0, whatever it says, for nothing: it has to be one.
+        if trace_count == 0 {
+            traces.zero(&stream, 0, self.kind.trace_bytes().into())?;
+        }
         Ok(self.pool.write(&stream, 0, &[pool])?)
     }
 
@@ -350,7 +370,7 @@ impl Device {
 
     /// The decoded code, if there is much more than in its file.
     fn decoded(&self, kept_texts: u64) -> Result<Option<Decoded>, CallError> {
-        let [_, _, _, texts, text_table, traces] = &self._memory;
+        let [_, _, _, texts, text_table, traces, _] = &self._memory;
         // Launches add to it, which does no harm; but nobody may clear it meanwhile.
         let _shared = self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.context.make_current()?;

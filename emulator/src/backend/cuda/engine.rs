@@ -76,7 +76,7 @@ impl CudaEngine {
         ];
         let warps = device.warps_per_block;
         let blocks = device.kind.warps(count).div_ceil(warps);
-        let shared = warps * device.kind.shared_bytes();
+        let shared = warps * device.shared_bytes;
         self.stream.launch(&device.run, blocks, warps * 32, shared, &mut arguments)
     }
 

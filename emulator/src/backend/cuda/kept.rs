@@ -37,7 +37,7 @@ const INDEX: std::ops::Range<usize> = FRAME_BYTES as usize / 4..FRAME_BYTES as u
 /// Bytes of a trace's lane.
 const LANE_BYTES: usize = 16;
 /// Where a lane names a text, if it does: which word, and which of its bits. As in `TraceLane`.
-pub(super) const LANE_TEXT: Option<(usize, u32)> = None;
+pub(super) const LANE_TEXT: Option<(usize, u32)> = Some((3, 0xffff));
 
 /// Sizes that a file must agree on with the device, and what there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
