@@ -403,22 +403,6 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
     return s;
 }
 
-// The trace at pc, plus one, unless `next` says it already; or why there is none.
-FN void trace_locate(SlotPlace slot, u64 texts, u32 pc, u32 mode, u32 &next, u32 &leave) {
-    if (next == 0) {
-        FetchEntry fetch = cached_fetch(slot, pc);
-        bool here = fetch.tag == (PAGE_OF(pc) | mode);
-        next = load_word(texts + (u64)(here ? fetch.text : 0) * TEXT_BYTES + FRAME_BYTES + pc % FRAME_BYTES);
-        if (next == 0 || next == BUSY) leave = LEAVE_TRACE;
-        if (!here) leave = LEAVE_FETCH;
-        if (VM_LANES == 32) leave = warp_max(leave); // one of the lanes may have seen it made just now
-    }
-    if (VM_LANES < 32) leave = group_shuffle(leave, 0), next = group_shuffle(next, 0);
-}
-FN TraceLane trace_lane(u64 traces, u32 trace, u32 member) {
-    return ((const TraceLane *)(uintptr_t)traces)[(u64)trace * VM_LANES + member];
-}
-
 // Prepares a slot; `vm` is null if there is no VM for it.
 FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
                   SliceResult *result) {
@@ -467,11 +451,26 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
         } else if (warp_ballot(!over) == 0) {
             return;
         }
-        trace_locate(slot, texts, pc, mode, next, leave);
-        if (VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT)) continue;
-        TraceLane t = trace_lane(traces, next - 1, member);
         for (;;) {
-            const u32 trace = next - 1, page = PAGE_OF(pc);
+            u32 trace = next - 1, page = PAGE_OF(pc);
+            if (next == 0) {
+                FetchEntry fetch = cached_fetch(slot, pc);
+                bool here = fetch.tag == (page | mode);
+                u64 index = texts + (u64)(here ? fetch.text : 0) * TEXT_BYTES + FRAME_BYTES;
+                trace = load_word(index + pc % FRAME_BYTES) - 1;
+                // Another warp may just have made it, and lanes could see it before and after.
+                if (trace >= BUSY - 1) leave = LEAVE_TRACE;
+                if (!here) leave = LEAVE_FETCH;
+                if (VM_LANES == 32) {
+                    leave = warp_max(leave);
+                    if (UNLIKELY(leave != LEAVE_NOT)) break;
+                }
+            }
+            if (VM_LANES < 32) {
+                leave = group_shuffle(leave, 0), trace = group_shuffle(trace, 0);
+                if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
+            }
+            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * VM_LANES + member];
             u32 op = t.op, more = t.more;
             slot_write_if(member == 0, slot, PAGE_SLOT, page);
             warp_sync();
@@ -591,21 +590,10 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             if (next == BUSY) next = 0;
             if ((target & 3) == END_BEHIND) counted |= leaving;
-            left -= count_of(counted);
-            const u32 began = pc;
-            pc = target & ~3u;
-            if (left == 0 || target & 2)
-                leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
-            if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
-            // The trace that follows is on its way while this one is brought to its end.
-            TraceLane following = t;
-            if (LIKELY(!(VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT)))) {
-                trace_locate(slot, texts, pc, mode, next, leave);
-                if (LIKELY(!(VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT))))
-                    following = trace_lane(traces, next - 1, member);
-            }
+            warp_sync(); // all have read their operands
             slot_write_if((counted >> member & 1) & !(counted >> (more >> 22 & 31) & 1), slot,
                           more >> 17 & 31, value);
+            left -= count_of(counted);
             // Now and then: was that the way that was to be expected?
             tick += LEARN_STEP;
             if (UNLIKELY(tick < LEARN_STEP)) {
@@ -618,12 +606,14 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                     u32 place = (more & 0xffff) * TEXT_WORDS + here / 4 % TEXT_WORDS;
                     place = group_shuffle(place, first_of(lesson)),
                     what = group_shuffle(what, first_of(lesson));
-                    if (lesson && leave == LEAVE_NOT)
-                        where = place, which = what | trace << 2, start = began, leave = LEAVE_LEARN;
+                    if (lesson) where = place, which = what | trace << 2, start = pc, leave = LEAVE_LEARN;
                 }
             }
+            pc = target & ~3u;
+            if (left == 0 || target & 2)
+                leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
+            if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
             if (UNLIKELY(VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT))) break;
-            t = following;
         }
     }
 }

@@ -4,7 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::flags::DoctorArgs;
+use crate::image::cache::Cache;
 use crate::image::direct::host;
+use crate::image::error::Error;
+use crate::image::step::Progress;
 use crate::repo;
 use crate::test::NVRTC;
 
@@ -31,20 +34,36 @@ struct Check {
     purpose: &'static str,
 }
 
-/// Prints all checks; fails if something is missing that `cargo xtask run` needs. What can be installed without
-/// touching the system is, with --fix or a person's yes.
+/// Prints all checks; fails if something is missing that `cargo xtask run` needs. --fix installs first what is missing;
+/// else a person is asked about NVRTC, which does not touch the system.
 pub fn command(args: &DoctorArgs) -> miette::Result<()> {
     let root = repo::root()?;
-    show(&root)?;
-    if library_of_nvrtc().is_some() {
-        return Ok(());
-    }
     let folder = nvrtc_folder();
-    if args.fix || yes(&format!("Install NVRTC (about 100 MB) into {}?", folder.display())) {
+    if args.fix {
+        let nvrtc = library_of_nvrtc().is_none();
+        let packages = install_packages(nvrtc);
+        if nvrtc {
+            install_nvrtc(&folder)?;
+            println!("installed: {}", folder.display());
+        }
+        packages?;
+        return show(&root);
+    }
+    show(&root)?;
+    if library_of_nvrtc().is_none()
+        && yes(&format!("Install NVRTC (about 100 MB) into {}?", folder.display()))
+    {
         install_nvrtc(&folder)?;
         println!("installed: {}", folder.display());
     }
     Ok(())
+}
+
+/// Installs the packages that building wants, as root; else the error is the line to be run.
+fn install_packages(pip: bool) -> Result<(), Error> {
+    let more = [("c++", "g++"), ("npm", "npm")].map(|(need, package)| (need.to_owned(), package.to_owned()));
+    let log = Cache::open()?.root().join("direct/logs/install.log");
+    host::ensure(&mut Progress::new(false), &log, &host::needs(&more), pip)
 }
 
 /// Asks a person, where one sits at a terminal.

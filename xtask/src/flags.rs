@@ -27,17 +27,17 @@ pub enum Command {
     /// Boot a fleet and serve it until Ctrl-C, building first what is missing.
     Run(Box<RunArgs>),
     /// Attach to the console of a VM of a running fleet; Ctrl-] leaves.
-    Console(ConsoleArgs),
+    Console(EmulatorArgs),
     /// Print what a running fleet does, as JSON.
-    Status(StatusArgs),
+    Status(EmulatorArgs),
     /// Ask the VMs of a running fleet for their pages, over and over; print rate and times as JSON.
-    Load(LoadArgs),
+    Load(EmulatorArgs),
     /// Keep VMs of a running fleet from running.
-    Pause(ActArgs),
+    Pause(EmulatorArgs),
     /// Let paused VMs go on.
-    Resume(ActArgs),
+    Resume(EmulatorArgs),
     /// Put VMs back to before their first instruction, and boot them; also those that have stopped or failed.
-    Reset(ActArgs),
+    Reset(EmulatorArgs),
     /// Check what this machine has, and say what each thing is for.
     Doctor(DoctorArgs),
     /// Measure fleets of several sizes, booting, busy and serving, and other emulators beside them.
@@ -87,9 +87,9 @@ pub struct BuildrootChoice {
     pub offline: bool,
 
     /// Where the cross compiler comes from: of the distribution's packages (minutes), or built by Buildroot (the
-    /// better part of an hour).
-    #[arg(long, value_name = "WHICH", value_enum, default_value_t = ToolchainWord::External)]
-    pub toolchain: ToolchainWord,
+    /// better part of an hour) [default: the profile's, else the distribution's where it is Debian].
+    #[arg(long, value_name = "WHICH", value_enum)]
+    pub toolchain: Option<ToolchainWord>,
 
     /// Where sources come from: their own sites, the distribution's source packages, or the first of these that can be
     /// reached.
@@ -98,10 +98,9 @@ pub struct BuildrootChoice {
 }
 
 /// Toolchains on the command line.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ToolchainWord {
     /// The distribution's compiler.
-    #[default]
     External,
     /// Buildroot's own.
     Internal,
@@ -125,10 +124,10 @@ impl From<&BuildrootChoice> for buildroot::Options {
             dir: choice.dir.clone(),
             mirror: choice.mirror.clone(),
             offline: choice.offline,
-            toolchain: match choice.toolchain {
+            toolchain: choice.toolchain.map(|word| match word {
                 ToolchainWord::External => Toolchain::External,
                 ToolchainWord::Internal => Toolchain::Internal,
-            },
+            }),
             sources: match choice.sources {
                 SourcesWord::Auto => Sources::Auto,
                 SourcesWord::Release => Sources::Release,
@@ -342,67 +341,19 @@ pub struct NetworkArgs {
     pub fault: Option<String>,
 }
 
-/// Which running fleet is meant.
-#[derive(Debug, Args)]
-pub struct FleetChoice {
-    /// The fleet's first port.
-    #[arg(long, value_name = "BASE", default_value_t = 4000)]
-    pub port_base: u16,
-
-    /// The fleet's --state-dir, if it was given one.
-    #[arg(long, value_name = "DIR")]
-    pub state_dir: Option<PathBuf>,
-}
-
-/// `cargo xtask console`.
-#[derive(Debug, Args)]
-pub struct ConsoleArgs {
-    /// Number of the VM.
-    #[arg(value_name = "N")]
-    pub vm: u32,
-
-    /// Which fleet.
-    #[command(flatten)]
-    pub fleet: FleetChoice,
-}
-
-/// `cargo xtask status`.
-#[derive(Debug, Args)]
-pub struct StatusArgs {
-    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
-    #[arg(value_name = "N")]
-    pub vm: Option<u32>,
-
-    /// Which fleet.
-    #[command(flatten)]
-    pub fleet: FleetChoice,
-}
-
-/// `cargo xtask load`.
+/// Commands that are the emulator's own: it takes the arguments as they are, --help among them.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
-pub struct LoadArgs {
-    /// Options of `emulator load`; --help lists them.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub options: Vec<std::ffi::OsString>,
-}
-
-/// `cargo xtask pause`, `resume` and `reset`.
-#[derive(Debug, Args)]
-pub struct ActArgs {
-    /// Numbers and ranges, as in 0-9,20, or all.
-    #[arg(value_name = "VMS")]
-    pub vms: String,
-
-    /// Which fleet.
-    #[command(flatten)]
-    pub fleet: FleetChoice,
+pub struct EmulatorArgs {
+    /// As the emulator's; --help lists them.
+    #[arg(value_name = "ARGUMENTS", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<std::ffi::OsString>,
 }
 
 /// `cargo xtask doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
-    /// Install what needs no rights: NVRTC, into our cache.
+    /// Install what is missing: as root the distribution's packages, and NVRTC into our cache.
     #[arg(long)]
     pub fix: bool,
 }

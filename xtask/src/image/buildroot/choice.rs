@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::super::error::Error;
 use super::super::profile::BuilderName;
-use super::Request;
+use super::super::request::Request;
 use super::release::{self, Origin, Pin};
 
 /// How long it is remembered that the release's site did not answer.
@@ -25,7 +25,7 @@ pub struct Choice {
 
 /// Buildroot where it is at hand, else the direct builder.
 pub fn choose(request: &Request) -> Result<Choice, Error> {
-    let folder = request.folder();
+    let folder = request.buildroot();
     let pin = Pin::read(request.repo)?;
     let buildroot = |what: String| Choice {
         builder: BuilderName::Buildroot,

@@ -128,7 +128,7 @@ pub fn environment(home: &Path) -> Vec<(OsString, OsString)> {
 
 /// What no environment can mend: where the output would lie.
 pub fn check_folder(folder: &Path) -> Result<(), Error> {
-    host_folder(folder)?;
+    super::super::direct::check_folder(folder)?;
     fs::create_dir_all(folder).map_err(|e| Error::io("make the folder", folder, e))?;
     let probe = tempfile::Builder::new()
         .prefix(".tmp-Case-")
@@ -144,8 +144,8 @@ pub fn check_folder(folder: &Path) -> Result<(), Error> {
     }
 }
 
-fn host_folder(folder: &Path) -> Result<(), Error> {
-    super::super::direct::check_folder(folder)?;
+/// Checks that an output folder has room.
+pub fn check_space(folder: &Path) -> Result<(), Error> {
     super::super::direct::check_space_of(folder, SPACE)
 }
 

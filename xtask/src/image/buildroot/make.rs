@@ -40,6 +40,10 @@ impl Make {
     /// `make` with these words. Files get the mode that Buildroot insists on. It holds the folder's lock as long as it
     /// lives, also if xtask does not.
     pub fn expression(&self, words: &[&str]) -> duct::Expression {
+        self.in_environment(words, &self.environment)
+    }
+
+    fn in_environment(&self, words: &[&str], environment: &[(OsString, OsString)]) -> duct::Expression {
         let mut all: Vec<OsString> = vec![lock(&self.output).into()];
         all.extend(["sh", "-c", "umask 022; exec make \"$@\"", "make", "-C"].map(OsString::from));
         all.push(self.tree.folder.clone().into());
@@ -49,7 +53,15 @@ impl Make {
             all.push(word);
         }
         all.extend(words.iter().map(OsString::from));
-        duct::cmd("flock", all).full_env(self.environment.iter().cloned())
+        duct::cmd("flock", all).full_env(environment.iter().cloned())
+    }
+
+    /// The environment of a program that draws on this terminal.
+    fn drawing(&self) -> Vec<(OsString, OsString)> {
+        let mut all = self.environment.clone();
+        all.retain(|(name, _)| name != "TERM");
+        all.push(("TERM".into(), std::env::var_os("TERM").unwrap_or_else(|| "xterm".into())));
+        all
     }
 
     /// Writes the configuration, and checks that all of it survived.
@@ -71,8 +83,7 @@ impl Make {
 
     /// `make` on this terminal.
     pub fn terminal(&self, words: &[&str]) -> Result<(), Error> {
-        let term = std::env::var_os("TERM").unwrap_or_else(|| "xterm".into());
-        finish(self.expression(words).env("TERM", term), "the editor")
+        finish(self.in_environment(words, &self.drawing()), "the editor")
     }
 
     /// `make`, whose words are of no interest.
@@ -82,11 +93,10 @@ impl Make {
 
     /// `make` in a package's source, on this terminal or unheard.
     pub fn editor(&self, source: &Path, words: &[String], terminal: bool) -> Result<(), Error> {
-        let child = duct::cmd("make", words).dir(source).full_env(self.environment.iter().cloned());
-        let term = std::env::var_os("TERM").unwrap_or_else(|| "xterm".into());
+        let make = |environment| duct::cmd("make", words).dir(source).full_env(environment);
         match terminal {
-            true => finish(child.env("TERM", term), "the editor"),
-            false => finish(child.stdin_null().stdout_null(), "make"),
+            true => finish(make(self.drawing()), "the editor"),
+            false => finish(make(self.environment.clone()).stdin_null().stdout_null(), "make"),
         }
     }
 
@@ -164,6 +174,20 @@ mod tests {
             wait(&output, || waited = true).unwrap();
         }
         assert!(left.wait().is_ok());
+    }
+
+    #[test]
+    fn editors_draw_on_the_terminal_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree { folder: dir.path().to_owned(), version: "0".to_owned() };
+        fs::write(dir.path().join("Makefile"), "all:\n\t@echo $$TERM >> term\n").unwrap();
+        let make = Make::new(&tree, &dir.path().join("out"), dir.path()).unwrap();
+        make.terminal(&[]).unwrap();
+        make.editor(dir.path(), &[], true).unwrap();
+        make.quietly(&[]).unwrap();
+        let here = std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned());
+        let said = fs::read_to_string(dir.path().join("term")).unwrap();
+        assert_eq!(said, format!("{here}\n{here}\ndumb\n"));
     }
 
     #[test]

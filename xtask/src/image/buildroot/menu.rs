@@ -11,10 +11,11 @@ use clap::ValueEnum;
 use super::super::cache::write_if_changed;
 use super::super::direct::kconfig::{self, Fragment};
 use super::super::error::Error;
+use super::super::request::Request;
 use super::make::Make;
+use super::plan;
 use super::prepare::source_folder;
 use super::release::Tree;
-use super::{Request, plan};
 
 /// Whose configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

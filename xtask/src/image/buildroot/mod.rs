@@ -23,10 +23,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::direct::Built;
 use super::direct::share::Shared;
 use super::direct::store::Store;
+use super::direct::{Built, host};
 use super::error::Error;
+use super::profile::Profile;
+use super::request::Request;
 use super::step::Progress;
 use super::tree;
 pub use config::Toolchain;
@@ -46,48 +48,34 @@ pub struct Options {
     pub mirror: Option<String>,
     /// Ask no network.
     pub offline: bool,
-    /// Where the compiler comes from.
-    pub toolchain: Toolchain,
+    /// Where the compiler comes from, where it was said.
+    pub toolchain: Option<Toolchain>,
     /// Where sources come from.
     pub sources: Sources,
 }
 
-/// What is asked of the builder.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// The profile's name; it names the output folder.
-    pub name: &'a str,
-    /// Folders of buildroot-external/package.
-    pub packages: &'a [String],
-    /// Kernel fragments, the last one wins.
-    pub kernel_fragments: &'a [PathBuf],
-    /// busybox fragments, the last one wins.
-    pub busybox_fragments: &'a [PathBuf],
-    /// The repository.
-    pub repo: &'a Path,
-    /// Our cache folder.
-    pub cache: &'a Path,
-    /// Whether only errors and warnings are said.
-    pub quiet: bool,
-    /// What was said about Buildroot.
-    pub options: &'a Options,
-}
+impl Options {
+    /// Nothing was said.
+    pub const NONE: Self =
+        Self { dir: None, mirror: None, offline: false, toolchain: None, sources: Sources::Auto };
 
-impl Request<'_> {
-    /// Whether nothing can be done without the distribution's packages.
-    fn needs_distribution(&self) -> bool {
-        self.options.toolchain == Toolchain::External || self.options.sources == Sources::Distribution
+    /// Where the compiler comes from: of the distribution's packages, if there are any.
+    pub fn toolchain(&self) -> Toolchain {
+        self.toolchain.unwrap_or_else(|| match host::codename() {
+            Ok(_) => Toolchain::External,
+            Err(_) => Toolchain::Internal,
+        })
     }
 
-    /// The builder's folder in the cache.
-    fn folder(&self) -> PathBuf {
-        self.cache.join("buildroot")
+    /// The same, with what a profile says where nothing else was said.
+    pub fn or(&self, profile: &Profile) -> Self {
+        Self { toolchain: self.toolchain.or(profile.toolchain), ..self.clone() }
     }
 }
 
 /// Builds what is missing.
 pub fn build(request: &Request) -> Result<Built, Error> {
-    let folder = request.folder();
+    let folder = request.buildroot();
     let pin = Pin::read(request.repo)?;
     let origin = release::look(request, &folder, &pin)?;
     machine::check_folder(&folder)?;
@@ -116,13 +104,14 @@ pub fn build(request: &Request) -> Result<Built, Error> {
         }
     }
 
+    machine::check_space(&folder)?;
     let _lock = store.lock(|| progress.say("waiting for another build that uses the same cache"))?;
     progress.expect(6);
     let table = machine::table(request.repo)?;
     let logs = folder.join("logs");
     let mut shared = match Shared::open(request.cache) {
         Ok(shared) => Some(shared),
-        Err(error) if request.needs_distribution() => return Err(error),
+        Err(error) if needs_distribution(request) => return Err(error),
         Err(_) => None,
     };
     prepare::install(request, &table, shared.as_ref(), &mut progress, &logs)?;
@@ -146,10 +135,15 @@ pub fn build(request: &Request) -> Result<Built, Error> {
     Ok(built)
 }
 
+/// Whether nothing can be done without the distribution's packages.
+fn needs_distribution(request: &Request) -> bool {
+    request.options.toolchain() == Toolchain::External || request.options.sources == Sources::Distribution
+}
+
 /// The tree of an image that Buildroot made, for looking into it.
 pub fn tree(request: &Request) -> Result<Tree, Error> {
     let pin = Pin::read(request.repo)?;
-    match release::look(request, &request.folder(), &pin)? {
+    match release::look(request, &request.buildroot(), &pin)? {
         Origin::Given(tree, _) | Origin::Cached(tree) => Ok(tree),
         Origin::Download => Err(Error::plain(
             "the Buildroot tree that this image was made with is gone",

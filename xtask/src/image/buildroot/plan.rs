@@ -14,10 +14,11 @@ use super::super::direct::share::{Shared, ToolchainKey};
 use super::super::direct::store::{Recipe, Store};
 use super::super::error::Error;
 use super::super::manifest::Input;
+use super::super::request::Request;
+use super::Sources;
 use super::config::{Defconfig, Kernel, Toolchain, Wanted};
 use super::release::TreeId;
 use super::route::Inputs;
-use super::{Request, Sources};
 
 /// Raised whenever the builder makes other bytes from the same inputs.
 const VERSION: &str = "1";
@@ -66,7 +67,7 @@ impl Plan {
         base.add("builder", VERSION);
         base.add("buildroot", &id.hash);
         base.add("sources", &format!("{sources:?}"));
-        let toolchain: Option<ToolchainKey> = match (request.options.toolchain, shared) {
+        let toolchain: Option<ToolchainKey> = match (request.options.toolchain(), shared) {
             (Toolchain::Internal, _) => None,
             (Toolchain::External, None) => return Ok(None),
             (Toolchain::External, Some(shared)) => match shared.toolchain_key(request.repo)? {
@@ -93,7 +94,7 @@ impl Plan {
             }
             _ => Kernel::Release,
         };
-        let defconfig = Defconfig::new(&wanted(request), request.options.toolchain, &kernel)?;
+        let defconfig = Defconfig::new(&wanted(request), request.options.toolchain(), &kernel)?;
         let base_piece = read(&external.join("buildroot/base.config"))?;
         base.add("base.config", &base_piece);
 
@@ -215,11 +216,11 @@ impl Plan {
 
 /// The output folder of a profile.
 pub fn output(request: &Request) -> PathBuf {
-    let kind = match request.options.toolchain {
+    let kind = match request.options.toolchain() {
         Toolchain::External => "",
         Toolchain::Internal => "-internal",
     };
-    request.folder().join("out").join(format!("{}{kind}", request.name))
+    request.buildroot().join("out").join(format!("{}{kind}", request.name))
 }
 
 /// What the defconfig is made for.

@@ -12,8 +12,8 @@ use super::super::direct::share::Shared;
 use super::super::direct::store::{Recipe, Store};
 use super::super::direct::{host, package};
 use super::super::error::Error;
+use super::super::request::Request;
 use super::super::step::Progress;
-use super::Request;
 use super::config::{Compiler, Defconfig, Kernel, Toolchain};
 use super::machine::{self, Table};
 use super::make::{self, Make};
@@ -46,7 +46,7 @@ pub fn install(
 ) -> Result<(), Error> {
     let mut needs = machine::needs(table);
     let mut pip = false;
-    if let (Toolchain::External, Some(shared)) = (request.options.toolchain, shared) {
+    if let (Toolchain::External, Some(shared)) = (request.options.toolchain(), shared) {
         needs = host::needs(&needs);
         pip = shared.may_need_pip(&[Want::Linux, Want::Musl]);
     }
@@ -63,7 +63,7 @@ pub fn settle(
     table: &Table,
     progress: &mut Progress,
 ) -> Result<Plan, Error> {
-    let downloads = request.folder().join("dl");
+    let downloads = request.buildroot().join("dl");
     let mut last: Option<Vec<Asked>> = None;
     for sources in wanted_sources(request) {
         if sources == Sources::Distribution && shared.is_none() {
@@ -83,7 +83,7 @@ pub fn settle(
             Err(asked) => last = Some(asked),
         }
     }
-    Err(sources::unreachable(&last.unwrap_or_default(), &downloads))
+    Err(sources::unreachable(&last.unwrap_or_default(), &downloads, request.options.toolchain()))
 }
 
 /// One kind of sources, tried.
@@ -100,8 +100,8 @@ struct Attempt<'a> {
 impl Attempt<'_> {
     fn run(&mut self, downloads: &Path) -> Result<Result<Plan, Vec<Asked>>, Error> {
         let request = self.request;
-        let logs = request.folder().join("logs");
-        let compiler = match request.options.toolchain {
+        let logs = request.buildroot().join("logs");
+        let compiler = match request.options.toolchain() {
             Toolchain::External => Some(self.toolchain()?),
             Toolchain::Internal => None,
         };
@@ -110,13 +110,13 @@ impl Attempt<'_> {
             self.fetch()?;
         }
         let plan =
-            Plan::new(request, &self.tree.id(&request.folder())?, self.shared.as_deref(), self.sources)?
+            Plan::new(request, &self.tree.id(&request.buildroot())?, self.shared.as_deref(), self.sources)?
                 .ok_or_else(|| {
-                    Error::plain(
-                        "the sources of this build are not settled",
-                        "This is a bug; run the command again.",
-                    )
-                })?;
+                Error::plain(
+                    "the sources of this build are not settled",
+                    "This is a bug; run the command again.",
+                )
+            })?;
         if plan.find(self.store)?.is_some() {
             return Ok(Ok(plan));
         }
@@ -139,7 +139,7 @@ impl Attempt<'_> {
         }
         overrides.push_str(&replaced.makefile());
         super::super::cache::write_if_changed(&output.join("lg/override.mk"), overrides.as_bytes())?;
-        let mut defconfig = Defconfig::new(&plan::wanted(request), request.options.toolchain, &kernel)?;
+        let mut defconfig = Defconfig::new(&plan::wanted(request), request.options.toolchain(), &kernel)?;
         defconfig.add(&lines);
         if let Some(compiler) = &compiler {
             defconfig.add_compiler(compiler);
@@ -218,7 +218,7 @@ impl Attempt<'_> {
         let mut recipe = Recipe::default();
         recipe.add("compiler", &key.key);
         recipe.add_folder("script", &scripts, |_| false)?;
-        let log = request.folder().join("logs/toolchain.log");
+        let log = request.buildroot().join("logs/toolchain.log");
         let folder = match self.store.find("toolchain", &recipe)? {
             Some(folder) => folder,
             None => {
@@ -278,7 +278,7 @@ impl Attempt<'_> {
             let folder = match self.store.find(&kind, &recipe)? {
                 Some(folder) => folder,
                 None => {
-                    let log = self.request.folder().join(format!("logs/unpack-{}.log", package.name));
+                    let log = self.request.buildroot().join(format!("logs/unpack-{}.log", package.name));
                     let title = format!("unpack {}", package.name);
                     self.progress.step(&title, Duration::from_secs(3), &log, |step| {
                         self.store.make(&kind, &recipe, |out| {
@@ -335,7 +335,7 @@ impl Attempt<'_> {
         let folder = match self.store.find("linux", &recipe)? {
             Some(folder) => folder,
             None => {
-                let log = self.request.folder().join("logs/unpack-linux.log");
+                let log = self.request.buildroot().join("logs/unpack-linux.log");
                 self.progress.step("unpack linux' archive", Duration::from_secs(5), &log, |step| {
                     self.store.make("linux", &recipe, |out| {
                         let deb = only_file(&files, ".deb")?;

@@ -9,8 +9,8 @@ use sha2::{Digest, Sha256};
 
 use super::super::direct::host;
 use super::super::error::Error;
+use super::super::request::Request;
 use super::super::step::Progress;
-use super::Request;
 
 /// The pin's file in the repository.
 pub const PIN: &str = "buildroot-external/buildroot/release.yaml";

@@ -14,10 +14,11 @@ use super::super::direct::apt::Want;
 use super::super::direct::share::Shared;
 use super::super::error::Error;
 use super::super::manifest::Manifest;
+use super::super::request::Request;
+use super::Toolchain;
 use super::plan;
 use super::prepare::{SHOW_INFO, source_folder};
 use super::route::Inputs;
-use super::{Request, Toolchain};
 
 /// What show-info tells about a package of the image.
 #[derive(Clone, Debug, Deserialize)]
@@ -72,7 +73,7 @@ impl<'a> Report<'a> {
                 format!("{} is gone: what Buildroot knew about this image lay there", output.display()),
                 format!(
                     "Remove {}/image-* and run the command again: it is built anew then.",
-                    request.folder().display()
+                    request.buildroot().display()
                 ),
             )
         };
@@ -82,7 +83,7 @@ impl<'a> Report<'a> {
                 Error::plain(format!("{}: {e}", path.display()), "Remove it and build again.")
             })?;
         let distribution = Inputs::read(&output).ok_or_else(gone)?.distribution;
-        let shared = match distribution || request.options.toolchain == Toolchain::External {
+        let shared = match distribution || request.options.toolchain() == Toolchain::External {
             true => Some(Shared::open(request.cache)?),
             false => None,
         };
@@ -261,7 +262,7 @@ impl<'a> Report<'a> {
             }
         } else {
             let downloads =
-                self.request.folder().join("dl").join(c.info.dl_dir.as_deref().unwrap_or(&c.name));
+                self.request.buildroot().join("dl").join(c.info.dl_dir.as_deref().unwrap_or(&c.name));
             for download in &c.info.downloads {
                 let path = downloads.join(&download.source);
                 if path.is_file() {

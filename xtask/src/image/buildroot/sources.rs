@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::super::error::Error;
+use super::config::Toolchain;
 use super::release::{self, VARIABLE};
 
 /// Sites asked at the same time.
@@ -104,7 +105,10 @@ pub fn missing(
                 .flat_map(|m| [format!("{m}/{dl_dir}/{file}"), format!("{m}/{file}")])
                 .collect();
             sites.extend(download.uris.iter().map(|u| format!("{}/{file}", plain(u))));
-            list.push(Missing { package: name.clone(), file: file.clone(), sites });
+            // gcc's archive, for one, is wanted by three packages.
+            if !list.iter().any(|m: &Missing| m.file == *file && m.sites == sites) {
+                list.push(Missing { package: name.clone(), file: file.clone(), sites });
+            }
         }
     }
     list
@@ -171,7 +175,7 @@ pub fn list(asked: &[Asked]) -> String {
 }
 
 /// The error for files that cannot be had: all of them, and every remedy.
-pub fn unreachable(asked: &[Asked], downloads: &Path) -> Error {
+pub fn unreachable(asked: &[Asked], downloads: &Path, toolchain: Toolchain) -> Error {
     let mut text = String::new();
     let lost: Vec<&Asked> = asked.iter().filter(|a| a.answer.is_err()).collect();
     for one in &lost {
@@ -182,13 +186,19 @@ pub fn unreachable(asked: &[Asked], downloads: &Path) -> Error {
             }
         }
     }
+    let external = match toolchain {
+        Toolchain::External => "",
+        Toolchain::Internal => {
+            "- `--toolchain external`: the distribution's compiler instead of one that is built first;\n"
+        }
+    };
     Error::plain(
         format!("{} of the files that this build needs cannot be had:{text}", lost.len()),
         format!(
             "Any of these will do:\n\
              - put the files into {} (each in its package's folder);\n\
              - `--mirror URL` or `--mirror DIR`: a site or folder that has them as PACKAGE/FILE or FILE;\n\
-             - `--sources distribution`: the distribution's source packages in their place;\n\
+             {external}- `--sources distribution`: the distribution's source packages in their place;\n\
              - {VARIABLE} or `--buildroot DIR`: a tree of another version, for which you have the files;\n\
              - `--builder direct`: the same guest without Buildroot.",
             downloads.display()
@@ -234,13 +244,14 @@ mod tests {
         "lg-init": {"type": "target", "downloads": []},
         "linux": {"dl_dir": "linux", "downloads": [{"source": "linux.tar.xz", "uris": ["file+file:///c"]}]},
         "host-tar": {"dl_dir": "tar", "downloads": [{"source": "tar-1.35.cpio.gz", "uris": ["https+https://gnu.example"]}]},
+        "host-tar-again": {"dl_dir": "tar", "downloads": [{"source": "tar-1.35.cpio.gz", "uris": ["https+https://gnu.example"]}]},
         "skeleton": {"virtual": true}}"#;
 
     #[test]
     fn missing_files_have_all_their_addresses() {
         let all = parse(INFO).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let found = missing(&all, |p| p == "host-tar", dir.path(), Some("http://mirror.example/"));
+        let found = missing(&all, |p| p.starts_with("host-tar"), dir.path(), Some("http://mirror.example/"));
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!(
             found[0].sites,
@@ -254,7 +265,7 @@ mod tests {
         let mirror = tempfile::tempdir().unwrap();
         std::fs::write(mirror.path().join("nginx-1.30.3.tar.gz"), "").unwrap();
         let folder = mirror.path().to_str().unwrap();
-        assert_eq!(missing(&all, |p| p == "host-tar", dir.path(), Some(folder)), []);
+        assert_eq!(missing(&all, |p| p.starts_with("host-tar"), dir.path(), Some(folder)), []);
         std::fs::create_dir(dir.path().join("tar")).unwrap();
         std::fs::write(dir.path().join("tar/tar-1.35.cpio.gz"), "").unwrap();
         assert_eq!(missing(&all, |p| p == "nginx", dir.path(), None), []);
@@ -266,7 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let asked = ask(missing(&all, |_| false, dir.path(), None), true);
         assert!(!complete(&asked));
-        let error = unreachable(&asked, dir.path());
+        let error = unreachable(&asked, dir.path(), Toolchain::External);
         let text = error.to_string();
         assert!(text.contains("2 of the files"), "{text}");
         assert!(text.contains("nginx-1.30.3.tar.gz") && text.contains("tar-1.35.cpio.gz"), "{text}");
@@ -274,6 +285,10 @@ mod tests {
         for remedy in ["--mirror", "--sources distribution", "BUILDROOT_DIR", "--builder direct"] {
             assert!(help.contains(remedy), "{remedy} is missing in {help}");
         }
+        assert!(!help.contains("--toolchain"), "{help}");
+        let error = unreachable(&asked, dir.path(), Toolchain::Internal);
+        let help = miette::Diagnostic::help(&error).map(|h| h.to_string()).unwrap_or_default();
+        assert!(help.contains("--toolchain external"), "{help}");
         assert!(list(&asked).contains("missing"));
     }
 

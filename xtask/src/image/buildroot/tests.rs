@@ -53,7 +53,7 @@ impl Lab {
         let kernel = dir.path().join("mine.config");
         fs::write(&kernel, "CONFIG_X=y\n").unwrap();
         let options = Options {
-            toolchain: Toolchain::Internal,
+            toolchain: Some(Toolchain::Internal),
             sources: Sources::Release,
             offline: true,
             ..Options::default()
@@ -79,9 +79,9 @@ impl Lab {
             options: &self.options,
         };
         let tree = Tree::open(&self.tree(), "a test")?;
-        let store = Store::open(&request.folder())?;
+        let store = Store::open(&request.buildroot())?;
         let mut progress = Progress::new(true);
-        let logs = request.folder().join("logs");
+        let logs = request.buildroot().join("logs");
         let table = machine::Table::new();
         let plan = prepare::settle(&request, &tree, None, &store, &table, &mut progress)?;
         match plan.find(&store)? {
@@ -199,4 +199,22 @@ fn a_package_that_buildroot_cannot_build_is_named() {
     lab.packages.push("hello".to_owned());
     let text = lab.build().unwrap_err().to_string();
     assert!(text.contains("no package `hello`"), "{text}");
+}
+
+#[test]
+fn the_profile_chooses_the_compiler_and_the_command_line_goes_before() {
+    let repo = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.yaml");
+    let profile = |line: &str| {
+        fs::write(&path, format!("description: mine\nextends: lean\n{line}")).unwrap();
+        Profile::load(repo, path.to_str().unwrap())
+    };
+    let internal = profile("toolchain: internal\n").unwrap();
+    assert_eq!(Options::NONE.or(&internal).toolchain(), Toolchain::Internal);
+    let said = Options { toolchain: Some(Toolchain::External), ..Options::NONE };
+    assert_eq!(said.or(&internal).toolchain(), Toolchain::External);
+    assert_eq!(Options::NONE.or(&profile("").unwrap()).toolchain, None);
+    let error = profile("toolchain: intern\n").unwrap_err().to_string();
+    assert!(error.contains("mine.yaml:3") && error.contains("toolchain"), "{error}");
 }

@@ -92,6 +92,12 @@ pub fn needs(more: &[(String, String)]) -> Vec<(String, String)> {
     own.chain(more.iter().cloned()).collect()
 }
 
+/// Held while apt-get is run, which waits for another one only now and then.
+pub fn apt_lock() -> std::sync::MutexGuard<'static, ()> {
+    static APT: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    APT.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// Makes sure that everything is there: installs it as root, else says what to install. `pip` tells whether pip is
 /// wanted.
 pub fn ensure(
@@ -127,6 +133,7 @@ pub fn ensure(
         ));
     }
     progress.say(&format!("installing what is missing on this machine: {line}"));
+    let _apt = apt_lock();
     progress.step("install packages", Duration::from_secs(60), log, |step| {
         let apt = |words: &[&str]| {
             let mut all = vec!["-q", "-y", "-o", "DPkg::Lock::Timeout=300"];

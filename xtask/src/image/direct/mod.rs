@@ -21,29 +21,13 @@ use std::path::{Path, PathBuf};
 
 use super::error::Error;
 use super::manifest::Input;
+use super::request::Request;
 use super::step::Progress;
 use apt::{Archive, Want};
 use plan::Plan;
 use store::Store;
 
 pub use package::names as package_names;
-
-/// What is asked of the builder.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// Folders of buildroot-external/package.
-    pub packages: &'a [String],
-    /// Kernel fragments, the last one wins. The kernel series' own fragment (linux-6.1.config) comes by itself.
-    pub kernel_fragments: &'a [PathBuf],
-    /// busybox fragments, the last one wins.
-    pub busybox_fragments: &'a [PathBuf],
-    /// The repository.
-    pub repo: &'a Path,
-    /// Our cache folder.
-    pub cache: &'a Path,
-    /// Whether only errors and warnings are said.
-    pub quiet: bool,
-}
 
 /// What was built, or was there.
 #[derive(Debug)]

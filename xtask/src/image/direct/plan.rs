@@ -7,12 +7,13 @@ use sha2::{Digest, Sha256};
 
 use super::super::error::Error;
 use super::super::manifest::Input;
+use super::super::request::Request;
+use super::Built;
 use super::apt::{Archive, Taken, Want};
 use super::host;
 use super::kconfig::{self, Fragment, Setting};
 use super::package::Package;
 use super::store::{Recipe, Store};
-use super::{Built, Request};
 
 /// Raised whenever the builder makes other bytes from the same inputs.
 const VERSION: &str = "1";

@@ -3,13 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
+use super::super::buildroot::Options;
 use super::super::error::Error;
 use super::super::manifest::Input;
+use super::super::request::Request;
 use super::super::step::Progress;
 use super::apt::{Archive, Taken, Want};
 use super::plan::Plan;
 use super::store::{Lock, Store};
-use super::{Request, check_folder, host, make};
+use super::{check_folder, host, make};
 
 /// The direct builder's cache.
 #[derive(Debug)]
@@ -112,5 +114,7 @@ fn request<'a>(repo: &'a Path, store: &'a Store) -> Request<'a> {
         repo,
         cache: store.root(),
         quiet: true,
+        name: "",
+        options: &Options::NONE,
     }
 }
