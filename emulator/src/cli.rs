@@ -199,7 +199,7 @@ pub struct MachineArgs {
     pub seed: Option<u64>,
 
     /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size.
-    #[arg(long, value_name = "auto|w", default_value = "auto", help_heading = "GPU tuning")]
+    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32", default_value = "auto", help_heading = "GPU tuning")]
     pub engine: EngineChoice,
 
     /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].
@@ -333,7 +333,7 @@ pub struct LockstepArgs {
     pub gpus: Gpus,
 
     /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size.
-    #[arg(long, value_name = "auto|w", default_value = "auto")]
+    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32", default_value = "auto")]
     pub engine: EngineChoice,
 
     /// Registers of each GPU thread [default: by the fleet's size].

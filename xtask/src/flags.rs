@@ -287,7 +287,7 @@ pub struct RunArgs {
 #[command(next_help_heading = "GPU tuning")]
 pub struct TuningArgs {
     /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size [default: auto].
-    #[arg(long, value_name = "auto|w")]
+    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32")]
     pub engine: Option<String>,
 
     /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use miette::{IntoDiagnostic, WrapErr, miette};
 
-use super::{NVRTC, Tally, Tools, check, image, machine, workspace};
+use super::{NVRTC, Tally, Tools, check, machine, workspace};
 use crate::doctor;
 use crate::emulator::{self, Show};
 use crate::flags::TestArgs;
@@ -57,7 +57,7 @@ pub fn command(args: &TestArgs, root: &Path, tools: &Tools) -> miette::Result<()
     }
     if args.no_guest {
         tally.skip("lockstep of CPU and GPU", "--no-guest was given");
-    } else if image(&mut tally, root, &[]) {
+    } else if lean_image(&mut tally, root) {
         for engine in &args.engine {
             let mut lockstep = on_gpu(Command::new(&emulator));
             lockstep.arg("lockstep").arg("--image").arg(root.join("out/lean"));
@@ -71,10 +71,21 @@ pub fn command(args: &TestArgs, root: &Path, tools: &Tools) -> miette::Result<()
     tally.end(start)
 }
 
+fn lean_image(tally: &mut Tally, root: &Path) -> bool {
+    let what = "cargo xtask image";
+    let failed = tally.failed.len();
+    check(tally, what, {
+        let mut image = super::xtask(root);
+        image.arg("image");
+        image
+    });
+    tally.failed.len() == failed
+}
+
 /// A folder with all that the tests need, for machines without Rust.
 fn archive(args: &TestArgs, root: &Path, emulator: &Path, folder: &Path) -> miette::Result<()> {
     let mut tally = Tally::default();
-    if !args.no_guest && !image(&mut tally, root, &[]) {
+    if !args.no_guest && !lean_image(&mut tally, root) {
         return Err(miette!("the guest image was not built"));
     }
     let mut build = machine(root);
