@@ -77,34 +77,34 @@ get() {
 }
 say "package lists"
 apt-get -q update > apt/log 2>&1 || { cat apt/log >&2; fail "apt-get update"; }
-rm -rf dl work && mkdir dl work
+rm -rf dl build && mkdir dl build
 
 say "linux: source and headers"
 linux=$(apt-cache depends linux-source | sed -n 's/.*Depends: \(linux-source-[0-9.]*\)$/\1/p' | tail -n 1)
 [ -n "$linux" ] || fail "this machine's apt sources for $codename have no linux-source"
 series=${linux#linux-source-}
-(cd work && apt-get -q download "$linux" > log 2>&1) || { cat work/log >&2; fail "download of $linux"; }
-dpkg-deb --fsys-tarfile work/linux-source-*.deb |
+(cd build && apt-get -q download "$linux" > log 2>&1) || { cat build/log >&2; fail "download of $linux"; }
+dpkg-deb --fsys-tarfile build/linux-source-*.deb |
     tar --extract --to-stdout --wildcards --file=- './usr/src/linux-source-*.tar.xz' > "dl/$linux.tar.xz"
-mkdir work/linux
-tar --extract --file="dl/$linux.tar.xz" --strip-components=1 -C work/linux --exclude='*/drivers/*' --exclude='*/sound/*' \
+mkdir build/linux
+tar --extract --file="dl/$linux.tar.xz" --strip-components=1 -C build/linux --exclude='*/drivers/*' --exclude='*/sound/*' \
     --exclude='*/Documentation/*' --exclude='*/fs/*' --exclude='*/net/*.[ch]'
-make -s -C work/linux ARCH=riscv headers
+make -s -C build/linux ARCH=riscv headers
 
 say "compiler"
 # musl knows rv32 since 1.2.5. In an older distribution, the copy that Zig brings takes the place.
-if get musl work/musl 1.2.5; then
-    dpkg-source --no-check --extract work/musl/*.dsc work/musl-source > /dev/null
-    musl=$out/work/musl-source
+if get musl build/musl 1.2.5; then
+    dpkg-source --no-check --extract build/musl/*.dsc build/musl-source > /dev/null
+    musl=$out/build/musl-source
 else
     python3 -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
-        --platform manylinux2010_x86_64 -d work ziglang==0.13.0.post1
-    echo "5ff0f2cb0d583b4f94820909612043f62e4d1d9a8bed77ceec088a01fc2ef015  $(echo work/ziglang-*.whl)" | sha256sum --check --quiet
-    unzip -q work/ziglang-*.whl 'ziglang/lib/libc/musl/*' 'ziglang/lib/libc/include/riscv32-linux-musl/*' -d work
-    musl=$out/work/ziglang/lib/libc
+        --platform manylinux2010_x86_64 -d build ziglang==0.13.0.post1
+    echo "5ff0f2cb0d583b4f94820909612043f62e4d1d9a8bed77ceec088a01fc2ef015  $(echo build/ziglang-*.whl)" | sha256sum --check --quiet
+    unzip -q build/ziglang-*.whl 'ziglang/lib/libc/musl/*' 'ziglang/lib/libc/include/riscv32-linux-musl/*' -d build
+    musl=$out/build/ziglang/lib/libc
 fi
-rm -rf direct toolchain && mkdir work/musl-objects
-(cd work/musl-objects && OUT=$out/direct TOOLS=$here/direct/toolchain MUSL=$musl HEADERS=$out/work/linux/usr/include \
+rm -rf direct toolchain && mkdir build/musl-objects
+(cd build/musl-objects && OUT=$out/direct TOOLS=$here/direct/toolchain MUSL=$musl HEADERS=$out/build/linux/usr/include \
     JOBS=$jobs sh "$here/direct/toolchain/build.sh")
 OUT=$out/toolchain TOOLS=$here/buildroot/toolchain DIRECT=$out/direct sh "$here/buildroot/toolchain/build.sh"
 gcc=$(riscv64-linux-gnu-gcc -dumpversion)
@@ -130,10 +130,10 @@ for folder in "$here"/package/*; do
     source=$(sed -n 's/^source: *\([^ ]*\).*/\1/p' "$folder/package.yaml")
     [ -n "$source" ] || continue
     say "$name: source"
-    get "$source" "work/$name" || { cat work/log >&2; fail "$source: no version can be downloaded"; }
+    get "$source" "build/$name" || { cat build/log >&2; fail "$source: no version can be downloaded"; }
     skip=
     if grep -q '^patched: *false' "$folder/package.yaml"; then skip=--skip-patches; fi
-    dpkg-source --no-check $skip --extract "work/$name"/*.dsc "sources/$name" > /dev/null
+    dpkg-source --no-check $skip --extract "build/$name"/*.dsc "sources/$name" > /dev/null
     # Of another version: Buildroot's patches that do not fit are not needed, or the compiler will say.
     for patch in "$buildroot/package/$name"/*.patch; do
         [ -f "$patch" ] || continue
@@ -180,7 +180,7 @@ done
 printf 'name: LGD\ndesc: compiler and sources of the distribution, for LG\n' > external.desc
 : > external.mk
 : > Config.in
-rm -rf work
+rm -rf build
 cat << C
 Done. Now:
   make -C $buildroot BR2_EXTERNAL=$here:$out O=/tmp/lean lean_defconfig && make -C /tmp/lean
