@@ -151,8 +151,8 @@ fn guests_boot_and_answer_alike() {
 #[test]
 fn the_first_wrong_step_is_found() {
     let Some(boot) = boot() else { return };
-    // s0 lives long: the next comparison sees it.
-    let fault = Fault { vm: 1, step: 1_234_567, register: 8, bits: 0x40 };
+    // tp is Linux's current task: nothing writes it before the first switch of tasks, whatever the kernel's build.
+    let fault = Fault { vm: 1, step: 1_234_567, register: 4, bits: 0x40 };
     let fresh = || Ok(pair(&boot, 2, By::Step, Some(fault), 0));
     let mut first: Pair = fresh().unwrap();
     first.advance(1_000_000).unwrap();
@@ -163,7 +163,7 @@ fn the_first_wrong_step_is_found() {
     let (good, bad, closest) = difference::narrow(fresh, (1_000_000, 1_400_000)).unwrap();
     assert_eq!((good, bad), (fault.step - 1, fault.step));
     let closest = closest.unwrap();
-    assert!(closest.what().starts_with("CPU: x8 "), "{}", closest.what());
+    assert!(closest.what().starts_with("CPU: x4 "), "{}", closest.what());
     let folder = tempfile::tempdir().unwrap();
     closest.write(folder.path()).unwrap();
     for name in ["cpu.txt", "gpu.txt", "cpu.ram", "gpu.ram", "cpu.console", "gpu.console"] {
