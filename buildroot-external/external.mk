@@ -22,6 +22,9 @@ LINUX_POST_CONFIGURE_HOOKS += LG_LINUX_CHECK_CONFIG
 # configuration (CRYPTO) that is off as a whole here, so no fragment can say it.
 LINUX_CFLAGS += -DCONFIG_CRYPTO_MANAGER_DISABLE_TESTS=1
 
+# Which of the kernel's objects are compiled for speed.
+LINUX_MAKE_ENV += MAKEFILES=$(BR2_EXTERNAL_LG_PATH)/kernel/fast.mk
+
 # Parts that no configuration of ours reads; their Kconfig files stay. Halves the unpacking.
 LINUX_EXCLUDES = */Documentation/*/* */drivers/gpu/drm/*.[ch] */drivers/infiniband/*.[ch] */drivers/media/*.[ch] \
 	*/drivers/net/ethernet/*.[ch] */drivers/net/wireless/*.[ch] */drivers/scsi/*.[ch] */drivers/staging/*.[ch] \

@@ -1,5 +1,6 @@
-// Engine W: one VM per warp. Lane i holds x[i], and instruction i of the trace that is being executed
-// (trace.cuh). Whatever is rare runs in lane 0 on the state in memory (step.cuh).
+// Engine W: a warp runs VMS_PER_WARP VMs, each with VM_LANES of its lanes. Registers and translations are in
+// shared memory (VmSlot); each lane holds an instruction of the trace that is being executed (trace.cuh).
+// Whatever is rare runs in lane 0 on the state in memory (step.cuh).
 #pragma once
 #include "step.cuh"
 #include "trace.cuh"

@@ -133,6 +133,7 @@ impl Plan {
                 linux.add_folder("patches", &external.join("patches"), is_text)?;
             }
         }
+        linux.add("fast", &read(&external.join("kernel/fast.mk"))?);
         own.insert("linux".to_owned(), linux);
         let mut after = Recipe::default();
         after.add("script", &read(&external.join("board/post-build.sh"))?);
@@ -157,7 +158,7 @@ impl Plan {
         for (name, settings) in &fragments {
             recipe.add(&format!("fragments of {name}"), &kconfig::text(settings));
         }
-        for name in ["external.mk", "buildroot/base.config", "board/post-build.sh"] {
+        for name in ["external.mk", "buildroot/base.config", "board/post-build.sh", "kernel/fast.mk"] {
             let path = external.join(name);
             inputs.push(Input {
                 name: format!("buildroot-external/{name}"),

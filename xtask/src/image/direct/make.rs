@@ -14,7 +14,7 @@ use super::apt::{Archive, Want};
 use super::host;
 use super::kconfig;
 use super::package::Package;
-use super::plan::{KCFLAGS, Plan};
+use super::plan::{FAST, KCFLAGS, Plan};
 use super::store::{Recipe, Store};
 
 /// 2026-01-01: no build may know the real date.
@@ -215,6 +215,8 @@ impl Maker<'_> {
         .map(|(name, value)| (OsString::from(name), OsString::from(value)));
         environment.extend(fixed);
         environment.push(("KCONFIG_ALLCONFIG".into(), tree.join(KernelMake::FRAGMENT).into()));
+        let fast = self.plan.repo.join("buildroot-external").join(FAST);
+        environment.push(("MAKEFILES".into(), fast.into()));
         KernelMake { tree: tree.to_owned(), jobs: self.jobs, environment }
     }
 

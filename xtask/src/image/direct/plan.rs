@@ -20,6 +20,8 @@ const VERSION: &str = "1";
 /// blake2s' self-test costs each boot about six million instructions. It runs unless tests are off in a part of the
 /// configuration (CRYPTO) that is off as a whole here, so no fragment can say it.
 pub const KCFLAGS: &str = "KCFLAGS=-DCONFIG_CRYPTO_MANAGER_DISABLE_TESTS=1";
+/// What make reads first in the kernel's tree: which objects are compiled for speed. Below buildroot-external/.
+pub const FAST: &str = "kernel/fast.mk";
 
 /// The pieces of a request and their recipes.
 pub struct Plan<'a> {
@@ -88,6 +90,9 @@ impl<'a> Plan<'a> {
         kernel.add("linux", &linux.summary());
         kernel.add("settings", &kconfig::text(&kernel_settings));
         kernel.add("flags", KCFLAGS);
+        let fast = external.join(FAST);
+        kernel.add("fast", &fs::read_to_string(&fast).map_err(|e| Error::io("read", &fast, e))?);
+        inputs.push(input(&format!("buildroot-external/{FAST}"), None, &fast)?);
 
         let busybox_settings = settings(request.repo, Vec::new(), request.busybox_fragments, &mut inputs)?;
 
