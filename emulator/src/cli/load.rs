@@ -8,7 +8,7 @@ use emulator::net::address::ip_of;
 use emulator::net::load::{Load, Outcome};
 use emulator::net::ports;
 use emulator::net::rewrite::Ports;
-use miette::{IntoDiagnostic, Result, miette};
+use miette::{IntoDiagnostic, Result};
 use serde::Serialize;
 
 use super::LoadArgs;
@@ -37,36 +37,22 @@ pub fn run(args: &LoadArgs) -> Result<ExitCode> {
     }
     ports::allow_files(0, args.connections).into_diagnostic()?;
     let threads = args.threads.min(args.connections).max(1);
-    let share = |n: usize| args.connections / threads + usize::from(n < args.connections % threads);
-    let running: Vec<_> = (0..threads)
-        .map(|n| {
-            let mut targets = targets.clone();
-            // Each thread begins elsewhere, so that together they don't all ask the same VM at once.
-            let first = n * targets.len() / threads;
-            targets.rotate_left(first);
-            let load = Load {
-                targets,
-                connections: share(n),
-                keep_alive: args.keep_alive,
-                rate: args.rate.map(|rate| rate / threads as f64),
-                span: Duration::from_secs_f64(args.seconds),
-                patience: Duration::from_secs(20),
-            };
-            std::thread::spawn(move || load.run())
-        })
-        .collect();
-    let mut parts = Vec::new();
-    for thread in running {
-        let part = thread.join().map_err(|_| miette!("a thread of the load generator crashed"))?;
-        parts.push(part.into_diagnostic()?);
-    }
+    let load = Load {
+        targets,
+        connections: args.connections,
+        keep_alive: args.keep_alive,
+        rate: args.rate,
+        span: Duration::from_secs_f64(args.seconds),
+        patience: Duration::from_secs(20),
+    };
+    let outcome = load.run_on(threads).into_diagnostic()?;
     let document = Document {
         vms: args.vms,
         connections: args.connections,
         threads,
         keep_alive: args.keep_alive,
         rate: args.rate,
-        outcome: Outcome::merge(parts),
+        outcome,
     };
     println!("{}", serde_json::to_string_pretty(&document).into_diagnostic()?);
     Ok(if document.outcome.answered > 0 && document.outcome.failed == 0 {

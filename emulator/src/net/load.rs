@@ -118,6 +118,32 @@ enum Step {
 }
 
 impl Load {
+    /// Runs it on so many threads, though not on more than there are connections.
+    pub fn run_on(&self, threads: usize) -> io::Result<Outcome> {
+        let parts: io::Result<Vec<Outcome>> = std::thread::scope(|scope| {
+            let shares = self.shares(threads);
+            let running: Vec<_> = shares.into_iter().map(|load| scope.spawn(move || load.run())).collect();
+            let crashed = || io::Error::other("a thread of the load generator crashed");
+            running.into_iter().map(|thread| thread.join().map_err(|_| crashed())?).collect()
+        });
+        Ok(Outcome::merge(parts?))
+    }
+
+    /// What each of several threads does.
+    fn shares(&self, threads: usize) -> Vec<Load> {
+        let threads = threads.min(self.connections).max(1);
+        let share = |n: usize| {
+            let mut targets = self.targets.clone();
+            // Each begins elsewhere, so that together they don't all ask the same VM at once.
+            let first = n * targets.len() / threads;
+            targets.rotate_left(first);
+            let more = usize::from(n < self.connections % threads);
+            let connections = self.connections / threads + more;
+            Load { targets, connections, rate: self.rate.map(|rate| rate / threads as f64), ..*self }
+        };
+        (0..threads).map(share).collect()
+    }
+
     /// Runs it, in this thread.
     pub fn run(&self) -> io::Result<Outcome> {
         let mut run = Run {
@@ -366,4 +392,33 @@ fn parse(header: &[u8]) -> Option<(u16, Option<usize>)> {
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
     });
     Some((status, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_share_connections_and_rate_and_begin_apart() {
+        let targets: Vec<SocketAddr> = (4000..4010).map(|port| ([127, 0, 0, 1], port).into()).collect();
+        let second = Duration::from_secs(1);
+        let load = Load {
+            targets: targets.clone(),
+            connections: 7,
+            keep_alive: true,
+            rate: Some(6.0),
+            span: second,
+            patience: second,
+        };
+        let shares = load.shares(3);
+        assert_eq!(shares.iter().map(|load| load.connections).collect::<Vec<_>>(), [3, 2, 2]);
+        assert_eq!(shares.iter().map(|load| load.targets[0].port()).collect::<Vec<_>>(), [4000, 4003, 4006]);
+        for mut share in shares {
+            assert_eq!((share.rate, share.keep_alive), (Some(2.0), true));
+            share.targets.sort_unstable();
+            assert_eq!(share.targets, targets);
+        }
+        assert_eq!(load.shares(100).len(), 7);
+        assert_eq!(Load { connections: 0, ..load }.shares(0).len(), 1);
+    }
 }
