@@ -85,7 +85,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     for ram in rams {
         let image = GuestImage::load(&args.image, ram).into_diagnostic()?;
         document.image.clone_from(&image.manifest_hash);
-        let boot = machines::boot(image);
+        let boot = Arc::new(BootMemory::from(image));
         for case in cases(args, &boot)? {
             measure_case(args, &case, &mut document)?;
             write(args, &document)?;
@@ -355,7 +355,7 @@ fn serve(args: &BenchArgs, case: &Case) -> Result<Served> {
 fn count_instructions(args: &BenchArgs) -> Result<u64> {
     let image = GuestImage::load(&args.image, args.ram.first().copied()).into_diagnostic()?;
     let machine = MachineArgs { backend: Backend::Cpu, ..args.machine.clone() };
-    let case = Case { machine, boot: machines::boot(image), vms: 1 };
+    let case = Case { machine, boot: Arc::new(image.into()), vms: 1 };
     let only_boot = BenchArgs { steady: 0.0, ..args.clone() };
     measure(&only_boot, &case).map(|run| run.instructions)
 }

@@ -16,6 +16,7 @@ use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::guest::GuestImage;
+use emulator::memory::BootMemory;
 use emulator::net::bridge::Bridge;
 use emulator::net::ports;
 use emulator::net::reach::Reach;
@@ -120,7 +121,7 @@ fn count(args: &FleetArgs) -> Result<u32> {
         return Ok(args.vms);
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
-    let memory = machines::most_vms(&args.machine, &machines::boot(image))?;
+    let memory = machines::most_vms(&args.machine, &image.into())?;
     let ports = if args.net == NetMode::Off { u32::MAX } else { 65_536 - u32::from(args.port_base) };
     match memory.min(ports).min(MOST_VMS) {
         0 => Err(miette!("--vms max: not even one VM fits into the memory that is free")),
@@ -182,7 +183,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // Thousands of ports take as long as a GPU. If both fail, the machines are what matters.
     let (opened, bridge) = std::thread::scope(|scope| {
         let bridge = scope.spawn(|| bind(args, ports));
-        let boot = machines::boot(image);
+        let boot = Arc::new(BootMemory::from(image));
         let opened = machines::open(&args.machine, args.vms, boot, |text| tracing::warn!("{text}"));
         phases.end("machines");
         (opened, bridge.join())

@@ -25,7 +25,7 @@ const NEVER_READY: u64 = 200_000_000;
 /// `emulator lockstep`.
 pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
-    let boot = machines::boot(image);
+    let boot = Arc::new(BootMemory::from(image));
     let gpu = open_gpu(args, &boot)?;
     for line in gpu.describe() {
         println!("{line}");
