@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::Args;
 use emulator::net::address::ip_of;
 use emulator::net::load::{Load, Outcome};
 use emulator::net::ports;
@@ -11,7 +12,43 @@ use emulator::net::rewrite::Ports;
 use miette::{IntoDiagnostic, Result};
 use serde::Serialize;
 
-use super::LoadArgs;
+use super::seconds;
+
+/// `emulator load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// VMs to ask, from VM 0 on.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// Connections at once.
+    #[arg(long, value_name = "K", default_value_t = 64)]
+    pub connections: usize,
+
+    /// Threads that share them.
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    pub threads: usize,
+
+    /// For how long to ask.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub seconds: f64,
+
+    /// Requests a second [default: each connection asks again as soon as it was answered].
+    #[arg(long, value_name = "K", value_parser = rate)]
+    pub rate: Option<f64>,
+
+    /// Ask again on the same connection instead of a new one.
+    #[arg(long)]
+    pub keep_alive: bool,
+
+    /// Ask the VMs at their own addresses; needs --net tun.
+    #[arg(long)]
+    pub direct: bool,
+}
 
 #[derive(Serialize)]
 struct Document {
@@ -60,4 +97,11 @@ pub fn run(args: &LoadArgs) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(rate) if (0.001..=1e7).contains(&rate) => Ok(rate),
+        _ => Err("expected a number of requests a second".into()),
+    }
 }
