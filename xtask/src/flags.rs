@@ -220,7 +220,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N|max", value_parser = vm_count)]
     pub vms: Option<String>,
 
-    /// Where the VMs run; auto takes a GPU if there is one that this build can use.
+    /// Where the VMs run; auto takes a GPU if there is one.
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
 
@@ -394,7 +394,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME,NAME...")]
     pub engine: Option<String>,
 
-    /// How long a launch is to take; several are measured one after the other [default: 8].
+    /// How long a launch is to take; several are measured one after the other [default: by the
+    /// fleet's size].
     #[arg(long, value_name = "MS,MS...")]
     pub slice: Option<String>,
 
