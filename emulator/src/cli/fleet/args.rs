@@ -82,30 +82,29 @@ pub struct FleetArgs {
 
 /// What the network allows, shows and breaks.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Network")]
 pub struct NetworkArgs {
     /// Write all packets to a file for Wireshark, or only VM N's.
-    #[arg(long, value_name = "FILE[:N]")]
+    #[arg(long, value_name = "FILE[:N]", help_heading = "Network")]
     pub pcap: Option<pcap::Wanted>,
 
     /// Keep VMs from reaching one another.
-    #[arg(long)]
+    #[arg(long, help_heading = "Network")]
     pub isolate: bool,
 
     /// Let VMs use a TCP service of this host: port HOST of 127.0.0.1, at port GUEST of 10.77.0.1. May be repeated.
-    #[arg(long = "service", value_name = "HOST:GUEST")]
+    #[arg(long = "service", value_name = "HOST:GUEST", help_heading = "Network")]
     pub services: Vec<Service>,
 
     /// Packets a second that a VM may send, and get; 0: no limit.
-    #[arg(long, value_name = "K", default_value_t = Limits::default().packets)]
+    #[arg(long, value_name = "K", default_value_t = Limits::default().packets, help_heading = "Network")]
     pub rate_packets: u64,
 
     /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit.
-    #[arg(long, value_name = "SIZE", value_parser = rate_size, default_value = "128M")]
+    #[arg(long, value_name = "SIZE", value_parser = rate_size, default_value = "128M", help_heading = "Network")]
     pub rate_bytes: u64,
 
     /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
-    #[arg(long, value_name = "mac|arp|checksum[:N]")]
+    #[arg(long, value_name = "mac|arp|checksum[:N]", help_heading = "Network")]
     pub fault: Option<Fault>,
 }
 
