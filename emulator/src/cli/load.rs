@@ -1,5 +1,6 @@
 //! `emulator load`: asks a running fleet's VMs for their page, and prints how fast they answer.
 
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -91,7 +92,8 @@ pub fn run(args: &LoadArgs) -> Result<ExitCode> {
         rate: args.rate,
         outcome,
     };
-    println!("{}", serde_json::to_string_pretty(&document).into_diagnostic()?);
+    let text = serde_json::to_string_pretty(&document).into_diagnostic()?;
+    writeln!(std::io::stdout(), "{text}").into_diagnostic()?;
     Ok(if document.outcome.answered > 0 && document.outcome.failed == 0 {
         ExitCode::SUCCESS
     } else {

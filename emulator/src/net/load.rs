@@ -107,8 +107,18 @@ struct Client {
     begun: Instant,
     sent: usize,
     header: Vec<u8>,
-    /// The header's status and how many bytes of the body are missing.
-    body: Option<(u16, Option<usize>)>,
+    /// What the header says; of the length, what is still missing.
+    body: Option<Head>,
+}
+
+/// What the header of an answer says.
+#[derive(Clone, Copy)]
+struct Head {
+    status: u16,
+    /// Bytes of the body; without it, the body ends with the connection.
+    length: Option<usize>,
+    /// The server takes no further request on this connection.
+    closes: bool,
 }
 
 enum Step {
@@ -339,7 +349,7 @@ impl Client {
             match self.stream.read(buffer) {
                 Ok(0) => {
                     return match self.body {
-                        Some((status, None)) => Step::Done { status, reusable: false },
+                        Some(Head { status, length: None, .. }) => Step::Done { status, reusable: false },
                         _ => Step::Failed("the connection ended before the answer".into()),
                     };
                 }
@@ -373,25 +383,29 @@ impl Client {
             self.body = Some(parsed);
             data = &data[end - before..];
         }
-        let (status, Some(left)) = self.body? else { return None };
+        let head = self.body.as_mut()?;
+        let left = head.length?;
         if data.len() > left {
             return Some(Step::Failed("more came than was asked for".into()));
         }
-        self.body = Some((status, Some(left - data.len())));
-        (data.len() == left).then_some(Step::Done { status, reusable: true })
+        head.length = Some(left - data.len());
+        (data.len() == left).then_some(Step::Done { status: head.status, reusable: !head.closes })
     }
 }
 
-/// Status and length of the body, if the header says one.
-fn parse(header: &[u8]) -> Option<(u16, Option<usize>)> {
+fn parse(header: &[u8]) -> Option<Head> {
     let text = std::str::from_utf8(header).ok()?;
     let mut lines = text.split("\r\n");
     let status = lines.next()?.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
-    let length = lines.find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
-    Some((status, length))
+    let mut head = Head { status, length: None, closes: false };
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        if name.eq_ignore_ascii_case("content-length") && head.length.is_none() {
+            head.length = value.trim().parse().ok();
+        } else if name.eq_ignore_ascii_case("connection") {
+            head.closes |= value.trim().eq_ignore_ascii_case("close");
+        }
+    }
+    Some(head)
 }
 
 #[cfg(test)]
