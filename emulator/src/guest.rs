@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::abi::FRAME_BYTES;
 use crate::fleet::capacity::size;
+use crate::memory::{BootMemory, Piece};
 
 pub use dtb::DtbError;
 pub use kernel::NotAKernel;
@@ -235,6 +236,22 @@ impl GuestImage {
             dtb_addr: dtb_addr as u32,
             manifest_hash: manifest.hash,
         })
+    }
+}
+
+/// RAM at the first instruction.
+impl From<GuestImage> for BootMemory {
+    fn from(image: GuestImage) -> Self {
+        Self {
+            ram_bytes: image.ram_bytes.into(),
+            entry: 0,
+            dtb_address: image.dtb_addr,
+            pieces: vec![
+                Piece { name: "the kernel", address: 0, bytes: image.kernel },
+                Piece { name: "the initrd", address: image.initrd_addr, bytes: image.initrd },
+                Piece { name: "the device tree", address: image.dtb_addr, bytes: image.dtb },
+            ],
+        }
     }
 }
 

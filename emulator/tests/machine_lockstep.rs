@@ -15,7 +15,7 @@ use emulator::backend::{Engine, EngineError, Machines, MemoryUse, Slice};
 use emulator::guest::GuestImage;
 use emulator::lockstep::{Inspect, Pair, Side, difference};
 use emulator::mailbox::MailboxRef;
-use emulator::memory::{BootMemory, Piece};
+use emulator::memory::BootMemory;
 
 fn boot() -> Option<Arc<BootMemory>> {
     let Some(folder) = std::env::var_os("GUEST_IMAGE") else {
@@ -23,16 +23,7 @@ fn boot() -> Option<Arc<BootMemory>> {
         return None;
     };
     let image = GuestImage::load(Path::new(&folder), None).unwrap_or_else(|error| panic!("{error}"));
-    Some(Arc::new(BootMemory {
-        ram_bytes: image.ram_bytes.into(),
-        entry: 0,
-        dtb_address: image.dtb_addr,
-        pieces: vec![
-            Piece { name: "the kernel", address: 0, bytes: image.kernel },
-            Piece { name: "the initrd", address: image.initrd_addr, bytes: image.initrd },
-            Piece { name: "the device tree", address: image.dtb_addr, bytes: image.dtb },
-        ],
-    }))
+    Some(Arc::new(image.into()))
 }
 
 fn machines(boot: &Arc<BootMemory>, vms: u32) -> CpuMachines {

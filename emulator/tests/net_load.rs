@@ -146,3 +146,36 @@ fn waiting_counts() {
     let slow = outcome.times.iter().filter(|time| **time > 50_000).count();
     assert!((8..=12).contains(&slow), "{:?}", outcome.times);
 }
+
+/// A server may end a kept connection with an answer that says so: nginx does after 1,000 requests.
+#[test]
+fn an_announced_end_of_a_kept_connection_is_no_failure() {
+    use std::io::{Read, Write};
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            for end in ["keep-alive", "keep-alive", "close"] {
+                let mut request = [0; 512];
+                let read = client.read(&mut request).unwrap();
+                assert!(read > 0);
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: {end}\r\n\r\nok");
+                client.write_all(answer.as_bytes()).unwrap();
+            }
+            // The end comes later than the next request would.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    let load = Load {
+        targets: vec![address],
+        connections: 1,
+        keep_alive: true,
+        rate: None,
+        span: Duration::from_millis(300),
+        patience: Duration::from_secs(5),
+    };
+    let outcome = load.run().unwrap();
+    assert!(outcome.answered > 3, "{outcome:?}");
+    assert_eq!(outcome.failed, 0, "{outcome:?}");
+}

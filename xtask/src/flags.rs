@@ -72,28 +72,27 @@ pub struct ImageChoice {
 
 /// Where Buildroot, its compiler and its sources come from. docs/buildroot.md explains them.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Buildroot")]
 pub struct BuildrootChoice {
     /// A Buildroot tree, instead of the pinned release [also: $BUILDROOT_DIR].
-    #[arg(long = "buildroot", value_name = "DIR")]
+    #[arg(long = "buildroot", value_name = "DIR", help_heading = "Buildroot")]
     pub dir: Option<PathBuf>,
 
     /// A site or folder that has the release and the sources, asked before all others.
-    #[arg(long, value_name = "URL|DIR")]
+    #[arg(long, value_name = "URL|DIR", help_heading = "Buildroot")]
     pub mirror: Option<String>,
 
     /// Ask no network; what is missing is an error.
-    #[arg(long)]
+    #[arg(long, help_heading = "Buildroot")]
     pub offline: bool,
 
     /// Where the cross compiler comes from: of the distribution's packages (minutes), or built by Buildroot (the
     /// better part of an hour) [default: the profile's, else the distribution's where it is Debian].
-    #[arg(long, value_name = "WHICH", value_enum)]
+    #[arg(long, value_name = "WHICH", value_enum, help_heading = "Buildroot")]
     pub toolchain: Option<ToolchainWord>,
 
     /// Where sources come from: their own sites, the distribution's source packages, or the first of these that can be
     /// reached.
-    #[arg(long, value_name = "WHICH", value_enum, default_value_t = SourcesWord::Auto)]
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = SourcesWord::Auto, help_heading = "Buildroot")]
     pub sources: SourcesWord,
 }
 
@@ -220,7 +219,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N|max", value_parser = vm_count)]
     pub vms: Option<String>,
 
-    /// Where the VMs run; auto takes a GPU if there is one that this build can use.
+    /// Where the VMs run; auto takes a GPU if there is one.
     #[arg(long, value_parser = ["auto", "cuda", "cpu"], default_value = "auto")]
     pub backend: String,
 
@@ -284,60 +283,58 @@ pub struct RunArgs {
 
 /// How GPUs run VMs. The emulator checks the values.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "GPU tuning")]
 pub struct TuningArgs {
     /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size [default: auto].
-    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32")]
+    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32", help_heading = "GPU tuning")]
     pub engine: Option<String>,
 
     /// Launch queues of each GPU: while one runs, the host serves the VMs of another [default: by the fleet's size].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_queues: Option<u32>,
 
     /// How long a launch is to take [default: by the fleet's size].
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", help_heading = "GPU tuning")]
     pub gpu_slice: Option<u32>,
 
     /// Registers of each GPU thread [default: by the fleet's size].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_registers: Option<u32>,
 
     /// Warps in each block [default: by the fleet's size].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_warps: Option<u32>,
 
     /// Begin without the decoded code of earlier starts, and keep none for later ones.
-    #[arg(long)]
+    #[arg(long, help_heading = "GPU tuning")]
     pub no_code_cache: bool,
 }
 
 /// What the network allows, shows and breaks. The emulator checks the values.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Network")]
 pub struct NetworkArgs {
     /// Write all packets to a file for Wireshark, or only VM N's.
-    #[arg(long, value_name = "FILE[:N]")]
+    #[arg(long, value_name = "FILE[:N]", help_heading = "Network")]
     pub pcap: Option<String>,
 
     /// Keep VMs from reaching one another [default: the profile's].
-    #[arg(long)]
+    #[arg(long, help_heading = "Network")]
     pub isolate: bool,
 
     /// Let VMs use a TCP service of this host, beside those of the profile: port HOST of 127.0.0.1, at port GUEST of
     /// 10.77.0.1. May be repeated.
-    #[arg(long = "service", value_name = "HOST:GUEST")]
+    #[arg(long = "service", value_name = "HOST:GUEST", help_heading = "Network")]
     pub services: Vec<String>,
 
     /// Packets a second that a VM may send, and get; 0: no limit [default: 100000].
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", help_heading = "Network")]
     pub rate_packets: Option<u64>,
 
     /// Bytes a second that a VM may send, and get, as in 10M; 0: no limit [default: 128M].
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = "Network")]
     pub rate_bytes: Option<String>,
 
     /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
-    #[arg(long, value_name = "mac|arp|checksum|route[:N]")]
+    #[arg(long, value_name = "mac|arp|checksum|route[:N]", help_heading = "Network")]
     pub fault: Option<String>,
 }
 
@@ -394,7 +391,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME,NAME...")]
     pub engine: Option<String>,
 
-    /// How long a launch is to take; several are measured one after the other [default: 8].
+    /// How long a launch is to take; several are measured one after the other [default: by the
+    /// fleet's size].
     #[arg(long, value_name = "MS,MS...")]
     pub slice: Option<String>,
 

@@ -5,11 +5,14 @@ mod http;
 mod peer;
 mod table;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use emulator::backend::cuda::{self, EngineChoice};
+use emulator::fleet::capacity::parse_size;
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig};
 use emulator::guest::GuestImage;
@@ -19,7 +22,7 @@ use emulator::net::user::UserBridge;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 
 use super::machines::{self, Opened};
-use super::{Backend, BenchArgs, MAX_VMS, MachineArgs};
+use super::{Backend, MAX_VMS, MachineArgs, seconds, vm_count};
 use table::{Document, Row, median, spread};
 
 /// What keeps a guest busy: its shell, and the kernel with it.
@@ -28,6 +31,68 @@ const LOAD: &[u8] = b"while :; do echo x > /dev/null; done\n";
 const SETTLE: Duration = Duration::from_millis(500);
 /// How often a boot is looked at.
 const TICK: Duration = Duration::from_millis(20);
+
+/// `emulator bench`.
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Sizes of the fleets; max: as many as memory allows. What does not fit is left out.
+    #[arg(long, value_name = "N,N...", value_delimiter = ',', value_parser = vm_count,
+        default_value = "1,64,256,1024,4096,8192,16384,32768")]
+    pub vms: Vec<u32>,
+
+    /// Sizes of fleets on the CPU, to compare with.
+    #[arg(long, value_name = "N,N...", value_delimiter = ',', value_parser = vm_count)]
+    pub cpu_vms: Vec<u32>,
+
+    /// RAM of each VM, as in 8M,16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE,SIZE...", value_delimiter = ',', value_parser = parse_size)]
+    pub ram: Vec<u64>,
+
+    /// Where the VMs run.
+    #[command(flatten)]
+    pub machine: MachineArgs,
+
+    /// Engines of the GPU to measure one after the other [default: --engine].
+    #[arg(long, value_name = "NAME,NAME...", value_delimiter = ',', help_heading = "GPU tuning")]
+    pub engines: Vec<EngineChoice>,
+
+    /// Lengths of launches to measure one after the other [default: --gpu-slice].
+    #[arg(long, value_name = "MS,MS...", value_delimiter = ',', help_heading = "GPU tuning",
+        value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub slices: Vec<u32>,
+
+    /// Runs of each size; medians are shown.
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+
+    /// After the boot, keep every VM's shell busy for so many seconds and measure; 0: don't.
+    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    pub steady: f64,
+
+    /// Boot once more with a network, and ask all VMs for their page for so many seconds; 0: don't.
+    #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
+    pub http: f64,
+
+    /// Other emulators to measure beside: a file that `cargo xtask bench --peer` writes.
+    #[arg(long, value_name = "FILE")]
+    pub peers: Option<PathBuf>,
+
+    /// Give up on a boot after so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub timeout: f64,
+
+    /// Write the figures as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// The commit that is measured, for the JSON.
+    #[arg(long, value_name = "HASH")]
+    pub commit: Option<String>,
+}
 
 /// What is measured at once.
 #[derive(Clone)]
@@ -85,7 +150,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     for ram in rams {
         let image = GuestImage::load(&args.image, ram).into_diagnostic()?;
         document.image.clone_from(&image.manifest_hash);
-        let boot = machines::boot(image);
+        let boot = Arc::new(BootMemory::from(image));
         for case in cases(args, &boot)? {
             measure_case(args, &case, &mut document)?;
             write(args, &document)?;
@@ -355,7 +420,7 @@ fn serve(args: &BenchArgs, case: &Case) -> Result<Served> {
 fn count_instructions(args: &BenchArgs) -> Result<u64> {
     let image = GuestImage::load(&args.image, args.ram.first().copied()).into_diagnostic()?;
     let machine = MachineArgs { backend: Backend::Cpu, ..args.machine.clone() };
-    let case = Case { machine, boot: machines::boot(image), vms: 1 };
+    let case = Case { machine, boot: Arc::new(image.into()), vms: 1 };
     let only_boot = BenchArgs { steady: 0.0, ..args.clone() };
     measure(&only_boot, &case).map(|run| run.instructions)
 }

@@ -3,14 +3,68 @@
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::Args;
 use emulator::console::client::{self, Ended};
 use miette::{IntoDiagnostic, Result, WrapErr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::{ActArgs, ConsoleArgs, StatusArgs, find_place};
+use super::{find_place, seconds};
+
+/// Which fleet is meant.
+#[derive(Debug, Args)]
+pub struct FleetChoice {
+    /// The fleet's first port.
+    #[arg(long, value_name = "BASE", default_value_t = 4000)]
+    pub port_base: u16,
+
+    /// The fleet's --state-dir, if it was given one.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `emulator console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// Number of the VM.
+    #[arg(value_name = "N")]
+    pub vm: u32,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+
+    /// With input from a pipe: leave when nothing was printed for so many seconds after the input's end.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub linger: f64,
+}
+
+/// `emulator status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Only the counters of VM N's network link, as `ethtool -S` shows them.
+    #[arg(value_name = "N")]
+    pub vm: Option<u32>,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
+
+/// `emulator pause`, `resume` and `reset`.
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// Numbers and ranges, as in 0-9,20, or all.
+    #[arg(value_name = "VMS")]
+    pub vms: String,
+
+    /// Which fleet.
+    #[command(flatten)]
+    pub fleet: FleetChoice,
+}
 
 /// `emulator status`.
 pub fn status(args: &StatusArgs) -> Result<ExitCode> {

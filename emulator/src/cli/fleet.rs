@@ -1,21 +1,25 @@
 //! `emulator fleet`: boots a fleet, serves it, and reports.
 
+mod args;
+mod goal;
+mod signals;
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-use std::thread::JoinHandle;
+use std::sync::atomic::AtomicI32;
 use std::time::{Duration, Instant};
 
 use emulator::backend::Machines;
-use emulator::console::log::{LogLimits, Logs, log_path};
+use emulator::console::log::{LogLimits, Logs};
 use emulator::console::place::Claim;
 use emulator::fleet::capacity::size;
 use emulator::fleet::clock::TimeMode;
-use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
+use emulator::fleet::{Budget, Fleet, FleetConfig};
 use emulator::guest::GuestImage;
+use emulator::memory::BootMemory;
 use emulator::net::bridge::Bridge;
 use emulator::net::ports;
 use emulator::net::reach::Reach;
@@ -25,34 +29,27 @@ use emulator::net::tun::TunBridge;
 use emulator::net::user::{Config as UserConfig, UserBridge};
 #[cfg(windows)]
 use emulator::net::windivert::WinDivertBridge;
-use emulator::report::{Failure, Report};
+use emulator::report::Report;
 use emulator::web::Network;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-#[cfg(unix)]
-use signal_hook::consts::SIGHUP;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::MAX_VMS;
-use super::live::Live;
 use super::machines::Opened;
 use super::pcap::Pcap;
 use super::profile::{self, Phases};
 use super::progress::Progress;
-use super::{FleetArgs, NetMode, Time, Until, find_place, machines, web};
+use super::{find_place, machines, web};
+pub use args::{FleetArgs, NetMode, Time, Until};
+use goal::End;
 
-/// How often signals and times are looked at when the fleet tells no news.
-const TICK: Duration = Duration::from_millis(100);
 /// URLs that are printed one by one.
 const URLS: u32 = 8;
 /// `--vms max` goes no further: the fleet's address space and the page are made for so many.
 const MOST_VMS: u32 = 32_768;
-/// VMs that an error describes with their consoles; so many more are named while serving.
-const SHOWN: usize = 3;
-const NAMED: u32 = 20;
 
 /// `emulator fleet`.
 pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
-    let signal = watch_signals()?;
+    let signal = signals::watch()?;
     if let Some(path) = &args.report {
         check_report_path(path)?;
     }
@@ -73,54 +70,13 @@ pub fn run(args: &FleetArgs, started: Instant) -> Result<ExitCode> {
     result
 }
 
-/// The number of the signal that asked for the end, or 0. A second signal ends the program at once.
-#[cfg(unix)]
-fn watch_signals() -> Result<Arc<AtomicI32>> {
-    let seen = Arc::new(AtomicI32::new(0));
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).into_diagnostic()?;
-    let watcher = seen.clone();
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            for signal in signals.forever() {
-                if watcher.swap(signal, SeqCst) != 0 {
-                    signal_hook::low_level::exit(128 + signal);
-                }
-            }
-        })
-        .into_diagnostic()?;
-    Ok(seen)
-}
-
-/// The number of the signal that asked for the end, or 0.
-#[cfg(not(unix))]
-fn watch_signals() -> Result<Arc<AtomicI32>> {
-    use std::sync::atomic::AtomicBool;
-    let seen = Arc::new(AtomicI32::new(0));
-    for signal in [SIGINT, SIGTERM] {
-        let flag = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(signal, flag.clone()).into_diagnostic()?;
-        let seen = seen.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                while !flag.load(SeqCst) {
-                    std::thread::sleep(TICK);
-                }
-                seen.store(signal, SeqCst);
-            })
-            .into_diagnostic()?;
-    }
-    Ok(seen)
-}
-
 /// The number of VMs, `max` worked out: what memory allows, and ports.
 fn count(args: &FleetArgs) -> Result<u32> {
     if args.vms != MAX_VMS {
         return Ok(args.vms);
     }
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
-    let memory = machines::most_vms(&args.machine, &machines::boot(image))?;
+    let memory = machines::most_vms(&args.machine, &image.into())?;
     let ports = if args.net == NetMode::Off { u32::MAX } else { 65_536 - u32::from(args.port_base) };
     match memory.min(ports).min(MOST_VMS) {
         0 => Err(miette!("--vms max: not even one VM fits into the memory that is free")),
@@ -144,15 +100,6 @@ fn check_report_path(path: &Path) -> Result<()> {
 fn chain(error: &miette::Report) -> String {
     let causes: Vec<String> = error.chain().map(|cause| cause.to_string()).collect();
     causes.join(": ").lines().next().unwrap_or_default().to_owned()
-}
-
-/// How a run ended.
-enum End {
-    Done,
-    Interrupted(i32),
-    /// The bridge has ended by itself.
-    Unbridged,
-    Failed(miette::Report),
 }
 
 fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Report) -> Result<ExitCode> {
@@ -182,7 +129,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     // Thousands of ports take as long as a GPU. If both fail, the machines are what matters.
     let (opened, bridge) = std::thread::scope(|scope| {
         let bridge = scope.spawn(|| bind(args, ports));
-        let boot = machines::boot(image);
+        let boot = Arc::new(BootMemory::from(image));
         let opened = machines::open(&args.machine, args.vms, boot, |text| tracing::warn!("{text}"));
         phases.end("machines");
         (opened, bridge.join())
@@ -238,7 +185,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
         _ => None,
     };
 
-    let (end, keeper) = wait_for_end(args, &progress, &claim, bridge.as_deref(), signal);
+    let (end, keeper) = goal::wait(args, &progress, &claim, bridge.as_deref(), signal);
 
     progress.stop_asking();
     if let Some(asking) = asking {
@@ -263,7 +210,7 @@ fn serve(args: &FleetArgs, started: Instant, signal: &AtomicI32, report: &mut Re
     match end {
         End::Failed(error) => {
             // VMs that run but did not reach the goal are failures too.
-            for failure in laggards(args, &progress) {
+            for failure in goal::laggards(args, &progress) {
                 report.add_failure(failure);
             }
             return Err(error);
@@ -320,164 +267,6 @@ fn make_fleet(
     let bridged = args.net != NetMode::Off;
     let config = FleetConfig { time, started, epoch, budget: Budget::CORE, bridged };
     Ok(Fleet::new(machines, config, Some(logs)))
-}
-
-fn wait_for_end(
-    args: &FleetArgs,
-    progress: &Progress,
-    claim: &Claim,
-    bridge: Option<&dyn Bridge>,
-    signal: &AtomicI32,
-) -> (End, Option<JoinHandle<()>>) {
-    let fleet = &progress.fleet;
-    let mut live = Live::new(args.quiet);
-    let mut downs = Downs { known: vec![false; fleet.vms() as usize], known_down: 0, told: 0 };
-    let (mut seen, mut keeper) = (0, None);
-    let end = loop {
-        seen = fleet.wait(seen, TICK);
-        if progress.note_boot() {
-            if args.profile_host {
-                say(format_args!("\nAt READY: {}", profile::work(fleet)));
-            }
-            keeper = profile::keep_in_background(fleet);
-        }
-        if live.due() {
-            live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
-        }
-        // With --until the error tells.
-        if args.until.is_none() && fleet.downs() != downs.known_down {
-            downs.tell(fleet, claim);
-        }
-        match signal.load(SeqCst) {
-            0 => {}
-            signal => break End::Interrupted(signal),
-        }
-        if bridge.is_some_and(|bridge| bridge.has_failed()) {
-            break End::Unbridged;
-        }
-        if let Some(why) = fleet.fault() {
-            break End::Failed(miette!("the machine failed: {why}"));
-        }
-        if let Some(end) = check_goal(args, progress) {
-            break end;
-        }
-    };
-    if !args.quiet {
-        live.show(fleet.totals(), progress.http.as_ref().map(|answers| answers.vms()));
-    }
-    live.finish();
-    (end, keeper)
-}
-
-/// Whether what was waited for has come, or can't come any more.
-fn check_goal(args: &FleetArgs, progress: &Progress) -> Option<End> {
-    let fleet = &progress.fleet;
-    let seconds = fleet.started().elapsed().as_secs_f64();
-    let down = fleet.downs();
-    let all_down = || {
-        let failed = fleet.totals().failed;
-        match failed {
-            0 => End::Done,
-            _ => End::Failed(failed_error(args, progress, format!("no VM runs any more; {failed} failed"))),
-        }
-    };
-    let fail = |what: String| Some(End::Failed(failed_error(args, progress, what)));
-    match args.until {
-        None if down == fleet.vms() => Some(all_down()),
-        None => None,
-        Some(Until::Seconds(end)) => match seconds >= end || down == fleet.vms() {
-            false => None,
-            true if fleet.totals().failed > 0 => fail(format!("{} VMs failed", fleet.totals().failed)),
-            true => Some(End::Done),
-        },
-        Some(Until::Ready) if down > 0 => fail(format!("{down} of {} VMs ended", fleet.vms())),
-        Some(Until::Ready) if fleet.been_ready() == fleet.vms() => Some(End::Done),
-        Some(Until::Ready) if seconds >= args.timeout => {
-            fail(format!("{} of {} VMs were ready in {} s", fleet.been_ready(), fleet.vms(), args.timeout))
-        }
-        Some(Until::Ready) => None,
-        Some(Until::Http) if down > 0 => fail(format!("{down} of {} VMs ended", fleet.vms())),
-        Some(Until::Http) => match progress.http.as_ref()?.take_outcome()? {
-            Ok(outcome) if outcome.failures.is_empty() => Some(End::Done),
-            Ok(outcome) => {
-                let (vm, why) = &outcome.failures[0];
-                fail(format!(
-                    "{} of {} VMs answered GET / with 200 in {seconds:.0} s; VM {vm}: {why}",
-                    outcome.answered,
-                    fleet.vms(),
-                ))
-            }
-            Err(error) => fail(format!("the VMs could not be asked: {error}")),
-        },
-    }
-}
-
-/// VMs that kept the run from its goal: those that are down, else those that are not ready.
-fn laggards(args: &FleetArgs, progress: &Progress) -> Vec<Failure> {
-    let fleet = &progress.fleet;
-    let any_down = fleet.downs() > 0;
-    let late = |life: &Life| match args.until {
-        _ if any_down => life.is_down(),
-        Some(Until::Ready | Until::Http) => *life != Life::Ready,
-        _ => false,
-    };
-    let statuses = (0..fleet.vms()).map(|vm| fleet.status(vm)).filter(|status| late(&status.life));
-    statuses.take(64).map(|status| Failure::of(fleet, &status)).collect()
-}
-
-/// An error that shows the first VMs that failed, with their last console lines.
-fn failed_error(args: &FleetArgs, progress: &Progress, what: String) -> miette::Report {
-    let failures = laggards(args, progress);
-    let mut text = what;
-    if let Some(first) = failures.first() {
-        // Writing to a string can't fail.
-        let _ = write!(text, ", first VM {}: {}", first.vm, first.reason);
-    }
-    for failure in failures.iter().take(SHOWN) {
-        let _ = write!(text, "\nVM {} ({}): {}", failure.vm, failure.state, failure.reason);
-        for line in &failure.console {
-            let _ = write!(text, "\n  | {line}");
-        }
-    }
-    if failures.len() > SHOWN {
-        let _ = write!(text, "\nand {} more", failures.len() - SHOWN);
-    }
-    let logs = find_place(args.state_dir.as_ref(), args.port_base).console();
-    miette!(help = format!("Whole consoles: {}", logs.display()), "{text}")
-}
-
-/// Tells which VMs have ended while the others go on.
-struct Downs {
-    known: Vec<bool>,
-    /// Those of them that are true. A reset takes a VM from this list.
-    known_down: u32,
-    told: u32,
-}
-
-impl Downs {
-    fn tell(&mut self, fleet: &Fleet, claim: &Claim) {
-        for vm in 0..fleet.vms() {
-            let down = fleet.is_down(vm);
-            match (std::mem::replace(&mut self.known[vm as usize], down), down) {
-                (true, true) | (false, false) => continue,
-                (true, false) => {
-                    self.known_down -= 1;
-                    continue;
-                }
-                (false, true) => self.known_down += 1,
-            }
-            self.told += 1;
-            let status = fleet.status(vm);
-            match self.told {
-                n if n < NAMED => {
-                    let log = log_path(&claim.place.console(), vm);
-                    tracing::warn!("VM {vm} {}: {} ({})", status.state(), status.reason(), log.display());
-                }
-                NAMED => tracing::warn!("VM {vm} {}, and perhaps more: see the status", status.state()),
-                _ => {}
-            }
-        }
-    }
 }
 
 /// Prints a line. A reader that has gone is no reason to end the fleet.

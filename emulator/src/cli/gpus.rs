@@ -2,11 +2,19 @@
 
 use std::process::ExitCode;
 
-use emulator::backend::cuda;
+use clap::Args;
+use emulator::backend::cuda::{self, Gpus};
 use miette::Result;
 
-use super::GpusArgs;
 use super::machines::{compiler_environments, cuda_error};
+
+/// `emulator gpus`.
+#[derive(Debug, Args)]
+pub struct GpusArgs {
+    /// Which, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "all")]
+    pub gpus: Gpus,
+}
 
 /// `emulator gpus`.
 pub fn run(args: &GpusArgs) -> Result<ExitCode> {

@@ -1,17 +1,19 @@
 //! `emulator lockstep`: the same guests on the CPU and on a GPU, compared bit for bit on the way to READY and while they
 //! answer HTTP requests.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use clap::Args;
 use emulator::backend::cpu::{self, CpuMachines};
-use emulator::backend::cuda::{self, CudaMachines};
+use emulator::backend::cuda::{self, CudaMachines, EngineChoice, Gpus};
+use emulator::fleet::capacity::parse_size;
 use emulator::guest::GuestImage;
 use emulator::lockstep::{Error, Pair, Side, difference};
 use emulator::memory::BootMemory;
 use miette::{IntoDiagnostic, Result, miette};
 
-use super::LockstepArgs;
 use super::machines::{self, compiler_environments};
 
 /// Steps of a slice on the CPU, and on the GPU: of an odd length, since where they end must not matter.
@@ -23,9 +25,61 @@ const EPOCH_NS: u64 = 1_767_225_600 * 1_000_000_000;
 const NEVER_READY: u64 = 200_000_000;
 
 /// `emulator lockstep`.
+#[derive(Debug, Args)]
+pub struct LockstepArgs {
+    /// Folder with Image, initrd.cpio, vm.dtb and manifest.json.
+    #[arg(long, value_name = "DIR")]
+    pub image: PathBuf,
+
+    /// Number of VMs.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub vms: u32,
+
+    /// RAM of each VM, as in 16M [default: what the image was made for].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ram: Option<u64>,
+
+    /// HTTP requests that each VM answers once all are READY.
+    #[arg(long, value_name = "K", default_value_t = 100)]
+    pub requests: u32,
+
+    /// End after so many steps of each VM [default: when all requests are answered].
+    #[arg(long, value_name = "STEPS")]
+    pub steps: Option<u64>,
+
+    /// Steps between two comparisons.
+    #[arg(long, value_name = "STEPS", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub every: u64,
+
+    /// The guests' randomness comes from this number.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    pub seed: u64,
+
+    /// GPUs that share the VMs, by their numbers, or all of them.
+    #[arg(long, value_name = "N,N...|all", default_value = "0")]
+    pub gpus: Gpus,
+
+    /// How many VMs share a warp of the GPU: w: one; auto: by the fleet's size.
+    #[arg(long, value_name = "auto|w|l2|l4|l8|l16|l32", default_value = "auto")]
+    pub engine: EngineChoice,
+
+    /// Registers of each GPU thread [default: by the fleet's size].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(32..=255))]
+    pub gpu_registers: Option<u32>,
+
+    /// Begin without the decoded code of earlier starts, and keep none for later ones.
+    #[arg(long)]
+    pub no_code_cache: bool,
+
+    /// Where both states go if they differ.
+    #[arg(long, value_name = "DIR", default_value = "lockstep-mismatch")]
+    pub mismatch: PathBuf,
+}
+
+/// `emulator lockstep`.
 pub fn run(args: &LockstepArgs) -> Result<ExitCode> {
     let image = GuestImage::load(&args.image, args.ram).into_diagnostic()?;
-    let boot = machines::boot(image);
+    let boot = Arc::new(BootMemory::from(image));
     let gpu = open_gpu(args, &boot)?;
     for line in gpu.describe() {
         println!("{line}");

@@ -10,8 +10,7 @@ use emulator::backend::cuda::{self, CudaMachines};
 use emulator::backend::stub::{Page, StubMachines};
 use emulator::backend::{Machines, nvrtc};
 use emulator::fleet::capacity::{Capacity, available_memory, size};
-use emulator::guest::GuestImage;
-use emulator::memory::{BootMemory, Piece};
+use emulator::memory::BootMemory;
 use miette::{IntoDiagnostic, Report, Result, miette};
 
 use super::{Backend, MachineArgs};
@@ -35,20 +34,6 @@ pub struct Opened {
     pub registers: Option<u32>,
     /// Whether decoded code of an earlier start was there.
     pub kept_code: Option<bool>,
-}
-
-/// RAM at the first instruction.
-pub fn boot(image: GuestImage) -> Arc<BootMemory> {
-    Arc::new(BootMemory {
-        ram_bytes: u64::from(image.ram_bytes),
-        entry: 0,
-        dtb_address: image.dtb_addr,
-        pieces: vec![
-            Piece { name: "the kernel", address: 0, bytes: image.kernel },
-            Piece { name: "the initrd", address: image.initrd_addr, bytes: image.initrd },
-            Piece { name: "the device tree", address: image.dtb_addr, bytes: image.dtb },
-        ],
-    })
 }
 
 /// What a guest is taken to write when a fleet is to be as large as it can be, in percent of its RAM: a lean guest that

@@ -107,8 +107,18 @@ struct Client {
     begun: Instant,
     sent: usize,
     header: Vec<u8>,
-    /// The header's status and how many bytes of the body are missing.
-    body: Option<(u16, Option<usize>)>,
+    /// What the header says; of the length, what is still missing.
+    body: Option<Head>,
+}
+
+/// What the header of an answer says.
+#[derive(Clone, Copy)]
+struct Head {
+    status: u16,
+    /// Bytes of the body; without it, the body ends with the connection.
+    length: Option<usize>,
+    /// The server takes no further request on this connection.
+    closes: bool,
 }
 
 enum Step {
@@ -118,6 +128,32 @@ enum Step {
 }
 
 impl Load {
+    /// Runs it on so many threads, though not on more than there are connections.
+    pub fn run_on(&self, threads: usize) -> io::Result<Outcome> {
+        let parts: io::Result<Vec<Outcome>> = std::thread::scope(|scope| {
+            let shares = self.shares(threads);
+            let running: Vec<_> = shares.into_iter().map(|load| scope.spawn(move || load.run())).collect();
+            let crashed = || io::Error::other("a thread of the load generator crashed");
+            running.into_iter().map(|thread| thread.join().map_err(|_| crashed())?).collect()
+        });
+        Ok(Outcome::merge(parts?))
+    }
+
+    /// What each of several threads does.
+    fn shares(&self, threads: usize) -> Vec<Load> {
+        let threads = threads.min(self.connections).max(1);
+        let share = |n: usize| {
+            let mut targets = self.targets.clone();
+            // Each begins elsewhere, so that together they don't all ask the same VM at once.
+            let first = n * targets.len() / threads;
+            targets.rotate_left(first);
+            let more = usize::from(n < self.connections % threads);
+            let connections = self.connections / threads + more;
+            Load { targets, connections, rate: self.rate.map(|rate| rate / threads as f64), ..*self }
+        };
+        (0..threads).map(share).collect()
+    }
+
     /// Runs it, in this thread.
     pub fn run(&self) -> io::Result<Outcome> {
         let mut run = Run {
@@ -313,7 +349,7 @@ impl Client {
             match self.stream.read(buffer) {
                 Ok(0) => {
                     return match self.body {
-                        Some((status, None)) => Step::Done { status, reusable: false },
+                        Some(Head { status, length: None, .. }) => Step::Done { status, reusable: false },
                         _ => Step::Failed("the connection ended before the answer".into()),
                     };
                 }
@@ -347,23 +383,56 @@ impl Client {
             self.body = Some(parsed);
             data = &data[end - before..];
         }
-        let (status, Some(left)) = self.body? else { return None };
+        let head = self.body.as_mut()?;
+        let left = head.length?;
         if data.len() > left {
             return Some(Step::Failed("more came than was asked for".into()));
         }
-        self.body = Some((status, Some(left - data.len())));
-        (data.len() == left).then_some(Step::Done { status, reusable: true })
+        head.length = Some(left - data.len());
+        (data.len() == left).then_some(Step::Done { status: head.status, reusable: !head.closes })
     }
 }
 
-/// Status and length of the body, if the header says one.
-fn parse(header: &[u8]) -> Option<(u16, Option<usize>)> {
+fn parse(header: &[u8]) -> Option<Head> {
     let text = std::str::from_utf8(header).ok()?;
     let mut lines = text.split("\r\n");
     let status = lines.next()?.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
-    let length = lines.find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
-    Some((status, length))
+    let mut head = Head { status, length: None, closes: false };
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        if name.eq_ignore_ascii_case("content-length") && head.length.is_none() {
+            head.length = value.trim().parse().ok();
+        } else if name.eq_ignore_ascii_case("connection") {
+            head.closes |= value.trim().eq_ignore_ascii_case("close");
+        }
+    }
+    Some(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_share_connections_and_rate_and_begin_apart() {
+        let targets: Vec<SocketAddr> = (4000..4010).map(|port| ([127, 0, 0, 1], port).into()).collect();
+        let second = Duration::from_secs(1);
+        let load = Load {
+            targets: targets.clone(),
+            connections: 7,
+            keep_alive: true,
+            rate: Some(6.0),
+            span: second,
+            patience: second,
+        };
+        let shares = load.shares(3);
+        assert_eq!(shares.iter().map(|load| load.connections).collect::<Vec<_>>(), [3, 2, 2]);
+        assert_eq!(shares.iter().map(|load| load.targets[0].port()).collect::<Vec<_>>(), [4000, 4003, 4006]);
+        for mut share in shares {
+            assert_eq!((share.rate, share.keep_alive), (Some(2.0), true));
+            share.targets.sort_unstable();
+            assert_eq!(share.targets, targets);
+        }
+        assert_eq!(load.shares(100).len(), 7);
+        assert_eq!(Load { connections: 0, ..load }.shares(0).len(), 1);
+    }
 }

@@ -4,6 +4,7 @@
 //! connection from the LAN's host side to the VM, made by our own TCP ([`stack`]). One thread serves them all and sleeps
 //! when nothing happens.
 
+mod accept;
 mod connection;
 mod event_loop;
 mod services;

@@ -70,28 +70,13 @@ pub fn load(bridge: &UserBridge, seconds: f64) -> Result<Outcome> {
     let connections =
         ports::allow_files(0, connections).into_diagnostic()?.connections.clamp(1, connections.max(1));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let threads = THREADS.min(cores.div_ceil(4)).min(connections);
-    let running: Vec<_> = (0..threads)
-        .map(|n| {
-            let mut targets = targets.clone();
-            // Each thread begins elsewhere, so that together they don't all ask the same VM at once.
-            let first = n * targets.len() / threads;
-            targets.rotate_left(first);
-            let load = Load {
-                targets,
-                connections: connections / threads,
-                keep_alive: false,
-                rate: None,
-                span: Duration::from_secs_f64(seconds),
-                patience: PATIENCE,
-            };
-            std::thread::spawn(move || load.run())
-        })
-        .collect();
-    let mut parts = Vec::new();
-    for thread in running {
-        let part = thread.join().map_err(|_| miette!("a thread of the load generator crashed"))?;
-        parts.push(part.into_diagnostic()?);
-    }
-    Ok(Outcome::merge(parts))
+    let load = Load {
+        targets,
+        connections,
+        keep_alive: false,
+        rate: None,
+        span: Duration::from_secs_f64(seconds),
+        patience: PATIENCE,
+    };
+    load.run_on(THREADS.min(cores.div_ceil(4))).into_diagnostic()
 }

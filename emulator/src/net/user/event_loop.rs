@@ -22,32 +22,28 @@ use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, TCP};
 use crate::net::policy::Services;
 #[cfg(unix)]
 use crate::net::reach::Door;
-use crate::net::reach::Stream;
 use crate::net::reason::Reason;
 
 /// The waker's token; listeners have their VM's number, connections follow.
 pub const WAKER: Token = Token(usize::MAX);
 /// Frames taken from one VM, and connections accepted from one listener, before others get their turn.
-const TURN: usize = 64;
+pub(super) const TURN: usize = 64;
 /// How often the VMs of open connections are looked after: nobody tells when a VM goes down.
 const DOWN_CHECK: Duration = Duration::from_millis(250);
 /// Timers look no further ahead. They are not taken back when something earlier comes up, so a connection that is used
 /// again and again leaves one behind each time: for so long.
 const HORIZON: Duration = Duration::from_secs(30);
-/// After the system had no file or memory for a connection.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// What connections to one VM share. Exists while there are any.
 #[derive(Default)]
 pub(super) struct Vm {
     /// Connections of any phase.
     open: u32,
     /// Connections that have a port of the host side.
-    active: u32,
-    handshakes: u32,
+    pub(super) active: u32,
+    pub(super) handshakes: u32,
     /// Connections to services of the host.
     pub(super) services: u32,
-    waiting: VecDeque<(usize, u64)>,
+    pub(super) waiting: VecDeque<(usize, u64)>,
     starved: VecDeque<(usize, u64)>,
 }
 
@@ -68,15 +64,15 @@ pub struct EventLoop {
     woken: Arc<AtomicBool>,
     pub(super) listeners: Vec<TcpListener>,
     #[cfg(unix)]
-    door: Door,
+    pub(super) door: Door,
     pub(super) counters: Arc<Counters>,
     pub(super) lan: Lan,
     pub(super) stack: Stack,
     pub(super) connections: Vec<Option<Connection>>,
     pub(super) free: Vec<usize>,
-    open: usize,
+    pub(super) open: usize,
     pub(super) next_id: u64,
-    by_port: HashMap<(u32, u16), usize>,
+    pub(super) by_port: HashMap<(u32, u16), usize>,
     pub(super) by_service: HashMap<ServiceKey, usize>,
     pub(super) vms: HashMap<u32, Vm>,
     timers: BinaryHeap<Reverse<(Instant, usize, u64)>>,
@@ -85,11 +81,11 @@ pub struct EventLoop {
     /// VMs that may have frames.
     dirty: Vec<u32>,
     /// Listeners with clients to accept.
-    accepting: VecDeque<u32>,
+    pub(super) accepting: VecDeque<u32>,
     /// Which listeners are among them.
-    queued: Vec<bool>,
+    pub(super) queued: Vec<bool>,
     /// Nothing is accepted before then.
-    accept_after: Option<Instant>,
+    pub(super) accept_after: Option<Instant>,
     next_down_check: Option<Instant>,
     pub(super) now: Instant,
 }
@@ -293,80 +289,6 @@ impl EventLoop {
         Ok(())
     }
 
-    pub(super) fn may_accept(&self) -> bool {
-        self.open < self.config.limits.connections
-    }
-
-    fn accept(&mut self) {
-        if self.accept_after.is_some_and(|after| self.now < after) {
-            return;
-        }
-        self.accept_after = None;
-        for _ in 0..self.accepting.len() {
-            let Some(vm) = self.accepting.pop_front() else { return };
-            let mut turn = TURN;
-            loop {
-                if turn == 0 || !self.may_accept() {
-                    self.accepting.push_back(vm);
-                    break;
-                }
-                turn -= 1;
-                match self.listeners[vm as usize].accept() {
-                    Ok((client, _)) => {
-                        // Without it, small answers could wait for acknowledgements. It is no loss if the system
-                        // refuses.
-                        let _ = client.set_nodelay(true);
-                        self.accepted(vm, Stream::Tcp(client));
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        self.queued[vm as usize] = false;
-                        break;
-                    }
-                    Err(error) if is_exhausted(&error) => {
-                        self.accept_after = Some(self.now + ACCEPT_PAUSE);
-                        self.accepting.push_back(vm);
-                        return;
-                    }
-                    // The client has gone again.
-                    Err(_) => {}
-                }
-            }
-        }
-    }
-
-    /// Serves those that came through the door.
-    #[cfg(unix)]
-    fn let_in(&mut self) {
-        let room = self.config.limits.connections.saturating_sub(self.open);
-        for (vm, client) in self.door.take(room) {
-            self.accepted(vm, Stream::Pair(client));
-        }
-    }
-
-    fn accepted(&mut self, vm: u32, mut client: Stream) {
-        Counters::add(&self.counters.accepted, 1);
-        if self.lan.links().is_down(vm) {
-            Counters::add(&self.counters.refused, 1);
-            client.reset();
-            return;
-        }
-        let index = self.slot();
-        let token = Token(self.listeners.len() + index);
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        if self.poll.registry().register(&mut client, token, interest).is_err() {
-            self.free.push(index);
-            client.reset();
-            return;
-        }
-        self.next_id += 1;
-        let id = self.next_id;
-        self.connections[index] = Some(Connection::new(id, vm, client, self.now));
-        self.opened(vm);
-        self.vms.entry(vm).or_default().waiting.push_back((index, id));
-        self.touch(index);
-        self.admit(vm);
-    }
-
     /// A place for a connection.
     pub(super) fn slot(&mut self) -> usize {
         self.free.pop().unwrap_or_else(|| {
@@ -381,37 +303,6 @@ impl EventLoop {
         Counters::add(&self.counters.open, 1);
         self.next_down_check.get_or_insert(self.now + DOWN_CHECK);
         self.vms.entry(vm).or_default().open += 1;
-    }
-
-    /// Lets the connections that wait for their turn at a VM go ahead, as many as may.
-    fn admit(&mut self, vm: u32) {
-        let limits = self.config.limits;
-        loop {
-            let Some(state) = self.vms.get_mut(&vm) else { return };
-            if state.active >= limits.connections_per_vm || state.handshakes >= limits.handshakes_per_vm {
-                return;
-            }
-            let Some((index, id)) = state.waiting.pop_front() else { return };
-            let Some(Some(connection)) = self.connections.get_mut(index) else { continue };
-            if connection.id != id || connection.phase() != Phase::Waiting {
-                continue;
-            }
-            let by_port = &self.by_port;
-            let started = self
-                .stack
-                .port(vm, |port| by_port.contains_key(&(vm, port)))
-                .and_then(|port| Some((self.stack.connect(vm, port, self.config.ports.guest)?, port)));
-            // All ports to this VM in use: the next connection that ends admits again.
-            let Some((tcp, port)) = started else {
-                state.waiting.push_front((index, id));
-                return;
-            };
-            state.active += 1;
-            state.handshakes += 1;
-            connection.connect(tcp, port, self.now);
-            self.by_port.insert((vm, port), index);
-            self.touch(index);
-        }
     }
 
     fn expire(&mut self) {
@@ -531,19 +422,5 @@ impl EventLoop {
             }
         }
         self.admit(vm);
-    }
-}
-
-/// Whether the system is out of files or memory, so that accepting has to wait.
-fn is_exhausted(error: &io::Error) -> bool {
-    #[cfg(unix)]
-    {
-        use rustix::io::Errno;
-        let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-        Errno::from_io_error(error).is_some_and(|errno| exhausted.contains(&errno))
-    }
-    #[cfg(not(unix))]
-    {
-        error.kind() == ErrorKind::OutOfMemory
     }
 }
