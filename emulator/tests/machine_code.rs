@@ -16,6 +16,7 @@ const RAM: u32 = 0x20_0000;
 /// A store into the line that runs, right behind itself, for every distance and place in the page.
 #[test]
 fn code_overwrites_itself() {
+    let mut b = Bench::new(RAM, &[]);
     for start in [CODE, CODE + 0x800, CODE + 0xfe0, CODE + 0xff0, CODE + 0xff8, CODE + 0xffc] {
         for distance in 1..24 {
             for fence in [true, false] {
@@ -24,7 +25,7 @@ fn code_overwrites_itself() {
                     let mut program = vec![sw(6, 5, 0), if fence { FENCE_I } else { NOP }, NOP];
                     program.extend(vec![addi(10, 10, 1); 30]);
                     program.push(SELF);
-                    let mut b = Bench::new(RAM, &[]);
+                    b.reset_of(0);
                     b.start(start, &program);
                     b.hart().x[5] = target;
                     b.hart().x[6] = addi(10, 10, 100);
@@ -134,6 +135,32 @@ fn more_code_than_code_pages() {
     assert!(b.slice(1).code_pages <= emulator::abi::CODE_PAGES_PER_VM);
 }
 
+/// More different pages than there is room for their decoded code, which is cleared between slices then; and a page that
+/// runs between all others, so that what is known of it is old when that happens.
+#[test]
+fn decoded_code_is_cleared() {
+    const PAGES: u32 = 800;
+    let (hub, base) = (CODE, 0x2_0000);
+    let mut b = Bench::new(0x40_0000, &[addi(11, 11, 1), jalr(0, 12, 0)]);
+    for i in 0..PAGES {
+        let next = li(12, base + (i + 1) % PAGES * 4096);
+        b.write(base + i * 4096, &bytes(&[addi(10, 10, i as i32), next[0], next[1], jalr(0, 5, 0)]));
+    }
+    let h = b.hart();
+    (h.x[5], h.x[12]) = (hub, base);
+    let mut passed = 0;
+    for pages in [50, 1, 7, 2, 90].into_iter().cycle() {
+        b.step(6 * pages);
+        passed += pages as u32;
+        let whole = passed / PAGES * (PAGES * (PAGES - 1) / 2);
+        let part = passed % PAGES;
+        assert_eq!((b.x(10), b.x(11)), (whole + part * part.saturating_sub(1) / 2, passed), "{passed} pages");
+        if passed > 2 * PAGES {
+            break;
+        }
+    }
+}
+
 /// Code that runs over a page boundary, into a page that faults, and comes back.
 #[test]
 fn over_the_end_of_a_page() {
@@ -215,6 +242,7 @@ fn jumps_between_joined_instructions() {
 #[test]
 fn runs_of_words() {
     let mut random = Random::seeded(5);
+    let mut b = Bench::new(0x10000, &[]);
     for round in 0..3000 {
         let length = 2 + random.below(5);
         let load = random.below(2) == 0;
@@ -248,7 +276,8 @@ fn runs_of_words() {
                 memory[address..address + 4].copy_from_slice(&x[register as usize].to_le_bytes());
             }
         }
-        let mut b = Bench::new(0x10000, &program);
+        b.reset_of(0);
+        b.start(CODE, &program);
         let initial: Vec<u8> = (0..0x3000u32).map(|i| (i * 7 + 3) as u8).collect();
         b.write(0x8000, &initial);
         b.hart().x[..32].copy_from_slice(&start[..32]);

@@ -68,9 +68,8 @@ fn plic_priorities_and_claims() {
     for round in 0..2000 {
         let priorities: Vec<u32> =
             (0..32).map(|source| if source == 0 { 0 } else { random.below(8) }).collect();
-        for (source, priority) in priorities.iter().enumerate().skip(1) {
-            b.set(PLIC_BASE + 4 * source as u32, *priority);
-        }
+        let words = (0..32).map(|source| (PLIC_BASE + 4 * source as u32, priorities[source]));
+        b.set_all(&words.skip(1).collect::<Vec<_>>());
         let enable = random.word() & random.word() & !1;
         let pending = random.word() & random.word() & !1;
         let threshold = random.below(8);
@@ -97,9 +96,7 @@ fn plic_priorities_and_claims() {
             assert_eq!(b.get(PENDING), left);
         }
         // nothing claimed completes twice; completing leaves nothing pending while lines are low
-        for source in 0..40 {
-            b.set(CLAIM, source);
-        }
+        b.set_all(&(0..40).map(|source| (CLAIM, source)).collect::<Vec<_>>());
         assert_eq!(b.vm().plic.claimed & enable, 0);
         assert_eq!(b.get(PENDING), left);
     }

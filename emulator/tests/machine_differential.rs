@@ -21,6 +21,8 @@ use common::*;
 
 const TEXT: u32 = 0x0010_0000;
 const BLOCKS: u32 = 0x0080_0000;
+/// VMs that run the programs, each a part of them: a GPU takes no longer for many VMs than for one.
+const VMS: usize = 16;
 /// Initial registers, final registers, 256 bytes for loads and stores.
 const BLOCK: u32 = 512;
 const SCRATCH: i32 = 256;
@@ -256,12 +258,18 @@ fn elf(text: &[u8], data: &[u8]) -> Vec<u8> {
 
 struct Chain {
     programs: Vec<Vec<u32>>,
+    /// Where in the text each starts.
+    starts: Vec<usize>,
     text: Vec<u32>,
+    /// Instructions that do nothing, behind the parts for each VM: the machine stops there.
+    stops: Vec<usize>,
     data: Vec<u8>,
 }
 
 fn chain(random: &mut Random, count: u32) -> Chain {
-    let mut chain = Chain { programs: Vec::new(), text: Vec::new(), data: Vec::new() };
+    let (programs, starts, text) = (Vec::new(), Vec::new(), Vec::new());
+    let mut chain = Chain { programs, starts, text, stops: Vec::new(), data: Vec::new() };
+    let part = count.div_ceil(VMS as u32);
     for number in 0..count {
         for i in 0..BLOCK / 4 {
             let word = match i {
@@ -272,14 +280,19 @@ fn chain(random: &mut Random, count: u32) -> Chain {
             chain.data.extend(word.to_le_bytes());
         }
         let words = program(random, BLOCKS + number * BLOCK);
+        chain.starts.push(chain.text.len());
         chain.text.extend(&words);
         chain.programs.push(words);
+        if (number + 1) % part == 0 || number + 1 == count {
+            chain.stops.push(chain.text.len());
+            chain.text.push(NOP);
+        }
     }
-    // write(1, blocks, length); exit(0). The machine's SBI refuses both calls and goes on to the last instruction.
+    // write(1, blocks, length); exit(0)
     chain.text.push(addi(10, 0, 1));
     chain.text.extend(li(11, BLOCKS));
     chain.text.extend(li(12, count * BLOCK));
-    chain.text.extend([addi(17, 0, 64), ECALL, addi(10, 0, 0), addi(17, 0, 93), ECALL, SELF]);
+    chain.text.extend([addi(17, 0, 64), ECALL, addi(10, 0, 0), addi(17, 0, 93), ECALL]);
     chain
 }
 
@@ -306,21 +319,38 @@ fn tempfile() -> std::path::PathBuf {
 
 /// Runs the chain in the machine, in slices of the given sizes in turn.
 fn machine(chain: &Chain, budgets: &[u64]) -> Vec<u8> {
+    let mut text = chain.text.clone();
+    chain.stops.iter().for_each(|stop| text[*stop] = SELF);
+    let vms = chain.stops.len() as u32;
     let ram = (BLOCKS + chain.data.len() as u32).next_multiple_of(4096);
-    let pieces = vec![(TEXT, bytes(&chain.text)), (BLOCKS, chain.data.clone())];
-    let mut b = Bench::with(1, None, ram, pieces, TEXT);
-    let end = TEXT + 4 * (chain.text.len() as u32 - 1);
+    let frames = (ram - BLOCKS) / 4096 + 2 * vms; // each writes to its own blocks alone
+    let pieces = vec![(TEXT, bytes(&text)), (BLOCKS, chain.data.clone())];
+    let mut b = Bench::with(vms, Some(frames), ram, pieces, TEXT);
+    let at = |word: usize| TEXT + 4 * word as u32;
+    for vm in 1..vms {
+        b.vm_of(vm).hart.pc = at(chain.stops[vm as usize - 1] + 1);
+    }
+    let mut running: Vec<u32> = (0..vms).collect();
     for i in 0.. {
-        if b.hart().pc == end {
+        running.retain(|vm| b.vm_of(*vm).hart.pc != at(chain.stops[*vm as usize]));
+        if running.is_empty() {
             break;
         }
         let budget = budgets[i % budgets.len()];
-        let result = b.slice(budget);
-        assert_eq!(result.steps, budget, "a slice of {budget} ended early");
-        assert_eq!(b.hart().trapped, 0, "a trap: {:x?}", b.hart().last_trap);
-        assert!(b.hart().steps < 2_000 * chain.programs.len() as u64, "lost at {:#x}", b.hart().pc);
+        let results = b.slices(&running, budget);
+        for (vm, result) in running.iter().zip(results) {
+            let h = &b.vm_of(*vm).hart;
+            assert_eq!(result.steps, budget, "a slice of {budget} ended early");
+            assert_eq!(h.trapped, 0, "a trap: {:x?}", h.last_trap);
+            assert!(h.steps < 2_000 * (1 + chain.programs.len() as u64), "lost at {:#x}", h.pc);
+        }
     }
-    b.read(BLOCKS, chain.data.len())
+    let mut data = vec![0; chain.data.len()];
+    let part = chain.programs.len().div_ceil(VMS) * BLOCK as usize;
+    for (vm, blocks) in data.chunks_mut(part).enumerate() {
+        b.machines.read_ram(vm as u32, BLOCKS + (vm * part) as u32, blocks);
+    }
+    data
 }
 
 fn compare(chain: &Chain, ours: &[u8], theirs: &[u8], name: &str) {
@@ -332,7 +362,7 @@ fn compare(chain: &Chain, ours: &[u8], theirs: &[u8], name: &str) {
         if a == b {
             continue;
         }
-        let start = TEXT + 4 * chain.programs[..number].iter().map(|p| p.len() as u32).sum::<u32>();
+        let start = TEXT + 4 * chain.starts[number] as u32;
         let mut message = format!("program {number} differs\n{}", listing(start, words));
         for i in (0..block).step_by(4).filter(|i| a[*i..*i + 4] != b[*i..*i + 4]) {
             let value = |from: &[u8]| u32::from_le_bytes(from[i..i + 4].try_into().unwrap());
@@ -368,7 +398,7 @@ fn random_programs_against_qemu() {
     let mut random = Random::seeded(3);
     let chain = chain(&mut random, count);
     let theirs = reference(&chain);
-    let ours = machine(&chain, &[1_000_000]);
+    let ours = machine(&chain, &[8192]); // what is full is cleared between slices
     compare(&chain, &ours, &theirs, "qemu");
     assert_ne!(ours, chain.data);
 }

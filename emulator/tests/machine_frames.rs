@@ -59,7 +59,7 @@ fn only_written_pages_are_private() {
     b.machines.read_ram(1, 0x1_0100, &mut other);
     assert_eq!(other, image[0x100..0x104]);
     // a reset takes them back
-    b.machines.reset(0).unwrap();
+    b.reset_of(0);
     assert_eq!(b.read(0x1_0000, 0x8000), image);
     assert_eq!(b.slice_of(0, 1000).private_frames, 5);
 }
@@ -81,7 +81,7 @@ fn an_empty_pool_stops_the_vm_that_asks() {
     // the others go on
     assert_eq!(b.slice_of(0, 1000).exit, EXIT_BUDGET);
     // frames come back: the store happens as if nothing had been
-    b.machines.reset(1).unwrap();
+    b.reset_of(1);
     let result = b.slice_of(2, 1000);
     assert_eq!((result.exit, result.private_frames), (EXIT_BUDGET, 6));
     assert_eq!(b.vm_of(2).hart.x[10], 6);
@@ -93,6 +93,36 @@ fn an_empty_pool_stops_the_vm_that_asks() {
     }
     // and the reset VM runs dry in its turn
     assert_eq!(b.slice_of(1, 1000).exit, EXIT_NO_FRAME);
+}
+
+/// A VM that was reset has nothing left of the translations that it had: its frames are another VM's now.
+#[test]
+fn a_reset_forgets_translations() {
+    let pieces = vec![
+        (CODE, bytes(&[sw(6, 5, 0), lw(7, 5, 0), jal(0, -8)])),
+        (0x1_0000, 0x1111_1111u32.to_le_bytes().into()),
+    ];
+    let mut b = Bench::with(2, Some(1), RAM, pieces, CODE);
+    for (vm, value) in [(0, 0x2222), (1, 0x3333), (0, 0x4444), (1, 0x5555)] {
+        let h = &mut b.vm_of(vm).hart;
+        (h.x[5], h.x[6]) = (0x1_0000, value);
+        for _ in 0..6 {
+            assert_eq!(b.slice_of(vm, 1).exit, EXIT_BUDGET);
+        }
+        assert_eq!(b.vm_of(vm).hart.x[7], value);
+        b.reset_of(vm);
+        // nothing but the load, before and after the frame is another's
+        let h = &mut b.vm_of(vm).hart;
+        (h.x[5], h.pc) = (0x1_0000, CODE + 4);
+        b.slice_of(vm, 1);
+        assert_eq!(b.vm_of(vm).hart.x[7], 0x1111_1111, "VM {vm}");
+        b.write_of(1 - vm, 0x1_0000, &[9; 4]);
+        b.vm_of(vm).hart.pc = CODE + 4;
+        b.slice_of(vm, 1);
+        assert_eq!(b.vm_of(vm).hart.x[7], 0x1111_1111, "VM {vm}");
+        b.reset_of(0);
+        b.reset_of(1);
+    }
 }
 
 /// Every kind of write that may need a frame: the instruction has not happened, and happens once there is one.
@@ -157,7 +187,7 @@ fn every_write_waits_for_a_frame() {
             assert_eq!((b.hart().trapped, b.hart().scause), (0, 0), "{what}: no trap");
             let steps = b.hart().steps;
             assert!(steps < code.len() as u64 + 1);
-            b.machines.reset(1).unwrap();
+            b.reset_of(1);
             b.slice(code.len() as u64 + 1 - steps);
             assert_eq!(b.state(0), plenty.state(0), "{what} with {have} of {needs}");
             assert_eq!(b.ram_hash(0), plenty.ram_hash(0), "{what}");
@@ -192,11 +222,11 @@ fn devices_wait_for_a_frame() {
         b.get(NET_BASE); // the stub has its frame now
         // VM 1 takes the rest
         let mut held = 0;
-        while b.machines.write_ram(1, 0x2_0000 + 4096 * held, &[1]) {
+        while b.try_write_of(1, 0x2_0000 + 4096 * held, &[1]) {
             held += 1;
         }
         assert!(held > 3);
-        b.machines.reset(1).unwrap();
+        b.reset_of(1);
         for page in 0..held - spare {
             b.write_of(1, 0x2_0000 + 4096 * page, &[1]);
         }
@@ -208,7 +238,7 @@ fn devices_wait_for_a_frame() {
         }
         assert_eq!(b.vm().net.status & NEEDS_RESET, 0, "{spare} spare frames");
         assert!(stops > 0);
-        b.machines.reset(1).unwrap();
+        b.reset_of(1);
         b.slice(1);
         b.slice(1);
         assert_eq!(b.vm().net.errors, 0);

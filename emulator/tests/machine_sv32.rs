@@ -312,7 +312,7 @@ fn misaligned_over_two_pages() {
     }
 }
 
-/// A program under translation, all in one slice: the code lies in a page of its own, identity-mapped like all of
+/// A program under translation, all in one slice unless it says otherwise: the code lies in a page of its own, identity-mapped like all of
 /// the first 4 MiB; the registers that loads leave behind are compared.
 struct Script {
     bench: Bench,
@@ -348,14 +348,20 @@ impl Script {
     fn map(&mut self, page: u32, pa: u32, flags: u32) {
         self.store(WINDOW_LEAVES + 4 * page, pte(pa, flags));
     }
-    fn run(mut self) -> Bench {
+    fn run(self) -> Bench {
+        self.run_in(u64::MAX)
+    }
+    /// In slices of so many steps: what an engine keeps from one to the next is under test.
+    fn run_in(mut self, budget: u64) -> Bench {
         self.words.push(SELF);
         let end = SCRIPT + 4 * (self.words.len() as u32 - 1);
         let words = std::mem::take(&mut self.words);
         let b = &mut self.bench;
         b.start(SCRIPT, &words);
-        let steps = words.len() as u64 * 2;
-        b.slice(steps);
+        let mut left = words.len() as u64 * 2;
+        while left > 0 {
+            left -= b.step(budget.min(left)).steps;
+        }
         assert_eq!(b.hart().pc, end, "a trap: {:x?}", b.hart().last_trap);
         self.bench
     }
@@ -364,7 +370,9 @@ impl Script {
 #[test]
 fn remapping_after_a_fence() {
     // (rs1 is the address, rs2 an ASID register) or neither
-    for (by_address, asid) in [(true, 0), (true, 5), (false, 0), (false, 5)] {
+    for (by_address, asid, budget) in
+        [u64::MAX, 1, 3].into_iter().flat_map(|n| [(true, 0, n), (true, 5, n), (false, 0, n), (false, 5, n)])
+    {
         let mut s = Script::new();
         s.bench.write32(FRAME, 1);
         s.bench.write32(FRAME + 0x1000, 2);
@@ -378,7 +386,7 @@ fn remapping_after_a_fence() {
         }
         s.load_into(11, WINDOW + 0x3000);
         s.store(WINDOW + 0x3000, 3);
-        let b = s.run();
+        let b = s.run_in(budget);
         assert_eq!((b.x(10), b.x(11)), (1, 2));
         assert_eq!((b.read32(FRAME), b.read32(FRAME + 0x1000)), (1, 3));
     }
@@ -387,6 +395,10 @@ fn remapping_after_a_fence() {
 /// One fence for an address of a 4 MiB page is good for all of that page.
 #[test]
 fn remapping_a_large_page() {
+    [u64::MAX, 1, 10].into_iter().for_each(remap_a_large_page);
+}
+
+fn remap_a_large_page(budget: u64) {
     let mut s = Script::new();
     let va = 0x6000_0000;
     for i in 0..20 {
@@ -406,7 +418,7 @@ fn remapping_a_large_page() {
         s.bench.write32(FRAME + i * 0x1000, 200 + i);
     }
     // FRAME lies in the first 4 MiB; the same offsets of LARGE hold zeroes
-    let b = s.run();
+    let b = s.run_in(budget);
     assert_eq!((0..10).map(|i| b.x(10 + i)).collect::<Vec<_>>(), (200..210).collect::<Vec<_>>());
     assert_eq!(b.read32(FRAME + 0x3000), 77);
 }
@@ -551,7 +563,7 @@ fn sum_and_mxr_take_effect_at_once() {
     assert_eq!((b.x(10), b.x(11), b.x(12), b.x(13)), (9, 0, 9, 0));
 }
 
-/// Random maps, fences, loads, stores and calls in one slice against a model of the window's pages. Frames are
+/// Random maps, fences, loads, stores and calls, in one slice or many, against a model of the window's pages. Frames are
 /// aliased, large pages come and go, and fences are by address or of everything.
 #[test]
 fn random_remapping() {
@@ -632,7 +644,7 @@ fn random_remapping() {
                 }
             }
         }
-        let b = s.run();
+        let b = s.run_in([u64::MAX, 2, 5, 64][round as usize % 4]);
         assert_eq!((b.x(8), b.x(9)), (sum, called), "round {round}");
         for i in 0..FRAMES {
             assert_eq!(b.read32(frame(i)), data[i as usize], "round {round}, frame {i}");

@@ -8,6 +8,7 @@
 #endif
 
 extern "C" void *malloc(unsigned long);
+extern "C" void *calloc(unsigned long, unsigned long);
 extern "C" void *memset(void *, int, unsigned long);
 extern "C" void abort();
 
@@ -96,19 +97,38 @@ u32 warp_shuffle(u32 value, u32 lane) { return (u32)meet(SHUFFLE, value).values[
 u64 warp_shuffle(u64 value, u32 lane) { return meet(SHUFFLE_WIDE, value).values[lane % LANES]; }
 u32 warp_exchange(u32 value, u32 mask) { return (u32)meet(EXCHANGE, value).values[warp->lane ^ mask]; }
 
-// What a fleet shares: texts and traces. Made for a pool when it is first seen.
+// VMs of a pool, at most.
+static const u32 VMS_MOST = 1024;
+
+// Forgets all texts and traces.
+static void forget_code(Pool *pool) {
+    pool->text_count = pool->trace_count = 0, pool->code_epoch++;
+    memset((void *)(uintptr_t)pool->text_table_ptr, 0, pool->text_slots * 4);
+    memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
+}
+
+// What a fleet shares: texts and traces, few, so that tests that make many fill it; and what each VM keeps from
+// slice to slice. Made for a pool when it is first seen.
 static void code_memory(Pool *pool) {
-    const u32 texts = 2048, slots = 4096, traces = 1 << 16;
+    const u32 texts = 512, slots = 2048, traces = 1 << 14;
     pool->text_capacity = texts, pool->text_slots = slots, pool->trace_capacity = traces;
-    pool->text_count = pool->trace_count = 0;
     pool->text_ptr = (u64)(uintptr_t)malloc((u64)texts * sizeof(Text));
     pool->text_table_ptr = (u64)(uintptr_t)malloc(slots * 4);
     pool->trace_ptr = (u64)(uintptr_t)malloc(((u64)traces * VM_LANES + 1) * sizeof(TraceLane));
     pool->trace_ptr = (pool->trace_ptr + sizeof(TraceLane) - 1) & ~(u64)(sizeof(TraceLane) - 1);
     memset((void *)(uintptr_t)pool->trace_ptr, 0, VM_LANES * sizeof(TraceLane));
-    memset((void *)(uintptr_t)pool->text_table_ptr, 0, slots * 4);
-    // The threaded engine's code pages mean nothing here.
-    memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
+    pool->saved_ptr = (u64)(uintptr_t)calloc((u64)VMS_MOST * SAVED_WORDS, 8);
+    forget_code(pool); // the threaded engine's code pages mean nothing here
+}
+
+static u64 *saved_of(const Pool *pool, u32 vm) {
+    if (vm >= VMS_MOST) abort();
+    return (u64 *)(uintptr_t)pool->saved_ptr + (u64)vm * SAVED_WORDS;
+}
+
+// What the VM has kept no longer holds: it was reset, or its RAM or satp was changed from outside.
+extern "C" void machine_warp_forget(const Pool *pool, u32 vm) {
+    if (pool->saved_ptr) saved_of(pool, vm)[SAVED_WORDS - 1] = 0;
 }
 
 extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
@@ -121,8 +141,7 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     if (!pool->text_ptr) code_memory(pool);
     Warp *w = warp;
     for (u32 i = 0; i < VMS_PER_WARP; i++) {
-        u64 *saved = pool->saved_ptr ? (u64 *)(uintptr_t)pool->saved_ptr + vm->number * SAVED_WORDS : 0;
-        slot_open(&w->slots[i], i ? 0 : vm, pool, mail, saved, request, result);
+        slot_open(&w->slots[i], i ? 0 : vm, pool, mail, saved_of(pool, vm->number), request, result);
     }
     w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {
@@ -144,4 +163,5 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     }
     w->lane = LANES;
     go_to(0);
+    if (result->code_full) forget_code(pool);
 }

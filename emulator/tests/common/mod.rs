@@ -13,12 +13,13 @@ use emulator::backend::cuda::mapped::{MappedDevice, MappedMachines};
 use emulator::backend::{Engine, Machines, Slice};
 use emulator::mailbox::MailboxRef;
 use emulator::memory::{BootMemory, Piece};
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 /// Where programs start unless a test says otherwise.
 pub const CODE: u32 = 0x1000;
-/// One instruction that accesses a device is put here; tests leave the first page alone.
-const STUB: u32 = 0x0;
+/// Instructions that access devices are put here, each kind at a place of its own; tests leave the first page alone.
+const STUBS: u32 = 0x0;
 
 pub const MODE_U: u32 = 0;
 pub const MODE_S: u32 = 1;
@@ -55,6 +56,7 @@ unsafe extern "C" {
         request: *const SliceRequest,
         result: *mut SliceResult,
     );
+    fn machine_warp_forget(pool: *const Pool, vm: u32);
 }
 
 /// What runs the slices.
@@ -114,8 +116,12 @@ fn gpu(kind: EngineKind) -> &'static Arc<MappedDevice> {
 pub struct Bench {
     /// The machines' memory on the GPU, once it has run a slice. To be dropped before them.
     gpu: Option<MappedMachines>,
+    /// RAM is changed, and VMs are reset, through this bench: what engines keep has to be forgotten then.
     pub machines: CpuMachines,
     engine: Box<dyn Engine>,
+    /// Of each VM, what the translations that an engine keeps between slices follow from beside RAM, as the last slice
+    /// left it; none if RAM has been changed since.
+    kept: Vec<Cell<Option<[u32; 2]>>>,
     /// What runs the slices. Not to be changed after the first one: engines keep decoded code in their own ways.
     pub by: By,
     /// Time mode of the slices.
@@ -148,7 +154,9 @@ impl Bench {
         let native = std::env::var("MACHINE_NATIVE").ok().and_then(|jumps| jumps.parse().ok());
         machines.native_after(native.unwrap_or(3));
         let engine = machines.engines().unwrap().remove(0);
-        Self { gpu: None, machines, engine, by: By::environment(), time_mode: TIME_VIRTUAL, now_ticks: 0 }
+        let kept = (0..vms).map(|_| Cell::new(None)).collect();
+        let by = By::environment();
+        Self { gpu: None, machines, engine, kept, by, time_mode: TIME_VIRTUAL, now_ticks: 0 }
     }
 
     /// On an engine that makes code native after so many jumps; 0: never.
@@ -178,24 +186,44 @@ impl Bench {
         self.machines.mailbox(0)
     }
 
-    /// One slice of at most `budget` steps.
-    pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
+    /// What a VM's translations follow from beside RAM, mode and SUM: satp, and MXR.
+    fn ground(&self, vm: u32) -> [u32; 2] {
+        let h = &self.vm_of(vm).hart;
+        [h.satp, h.sstatus & SSTATUS_MXR]
+    }
+    /// One slice of each of these VMs, of at most `budget` steps. GPUs run them all at once.
+    pub fn slices(&mut self, vms: &[u32], budget: u64) -> Vec<SliceResult> {
         let request =
             SliceRequest { budget, now_ticks: self.now_ticks, time_mode: self.time_mode, reserved: 0 };
+        let slices: Vec<Slice> = vms.iter().map(|vm| Slice { vm: *vm, request }).collect();
+        let changed: Vec<u32> = vms
+            .iter()
+            .copied()
+            .filter(|vm| self.kept[*vm as usize].get() != Some(self.ground(*vm)))
+            .collect();
         let machines = &self.machines;
+        let mut results = Vec::new();
         if let Some(function) = self.by.function() {
+            if self.by == By::Warp {
+                // SAFETY: the pool is the machines', which number their VMs so, and no engine runs.
+                changed.iter().for_each(|vm| unsafe { machine_warp_forget(machines.places().pool, *vm) });
+            }
             // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
-            return unsafe { machines.run_on(function, vm, &request) };
-        }
-        if let By::Cuda(kind) = self.by {
-            assert!(vm < machines.vms(), "VM {vm} of {}", machines.vms());
+            results.extend(vms.iter().map(|vm| unsafe { machines.run_on(function, *vm, &request) }));
+        } else if let By::Cuda(kind) = self.by {
             // SAFETY: as above, and it is dropped before the machines.
             let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu(kind).seat(machines) }.unwrap());
-            return machines.ran(vm, gpu.run(vm, &request).unwrap());
+            let ran = gpu.run(&slices, &changed).unwrap();
+            results.extend(vms.iter().zip(ran).map(|(vm, result)| machines.ran(*vm, result)));
+        } else {
+            self.engine.run(&slices, &mut results).unwrap();
         }
-        let mut results = Vec::new();
-        self.engine.run(&[Slice { vm, request }], &mut results).unwrap();
-        results[0]
+        vms.iter().for_each(|vm| self.kept[*vm as usize].set(Some(self.ground(*vm))));
+        results
+    }
+    /// One slice of at most `budget` steps.
+    pub fn slice_of(&mut self, vm: u32, budget: u64) -> SliceResult {
+        self.slices(&[vm], budget)[0]
     }
     pub fn slice(&mut self, budget: u64) -> SliceResult {
         self.slice_of(0, budget)
@@ -221,8 +249,18 @@ impl Bench {
         );
     }
 
+    /// Puts a VM back to its first state.
+    pub fn reset_of(&self, vm: u32) {
+        self.kept[vm as usize].set(None);
+        self.machines.reset(vm).unwrap();
+    }
+    /// Writes RAM; false: some of it is outside, or no frame is left.
+    pub fn try_write_of(&self, vm: u32, address: u32, bytes: &[u8]) -> bool {
+        self.kept[vm as usize].set(None);
+        self.machines.write_ram(vm, address, bytes)
+    }
     pub fn write_of(&self, vm: u32, address: u32, bytes: &[u8]) {
-        assert!(self.machines.write_ram(vm, address, bytes), "write of {address:#x}");
+        assert!(self.try_write_of(vm, address, bytes), "write of {address:#x}");
     }
     pub fn write(&self, address: u32, bytes: &[u8]) {
         self.write_of(0, address, bytes);
@@ -259,24 +297,26 @@ impl Bench {
     /// Runs one instruction of S mode beside what the hart is doing; `Err` is the cause and stval of its trap.
     fn beside(&mut self, insn: u32, address: u32, value: u32) -> Result<u32, (u32, u32)> {
         let saved = *self.hart();
+        // by funct3, and what tells loads, stores and SYSTEM apart
+        let stub = STUBS + 4 * (insn >> 12 & 7 | (insn >> 5 & 3) << 3);
         loop {
-            if self.read32(STUB) != insn {
-                self.write32(STUB, insn);
+            if self.read32(stub) != insn {
+                self.write32(stub, insn);
             }
             let h = self.hart();
-            h.pc = STUB;
+            h.pc = stub;
             h.x[5] = address;
             h.x[6] = value;
             (h.mode, h.satp, h.sstatus, h.sie, h.waiting) = (MODE_S, 0, 0, 0, 0);
             let result = self.slice(1);
             assert_eq!(result.steps, 1);
             // a hostile test's device may have written over it
-            if self.read32(STUB) == insn {
+            if self.read32(stub) == insn {
                 break;
             }
         }
         let h = self.hart();
-        let outcome = if h.pc == STUB + 4 { Ok(h.x[6]) } else { Err((h.scause, h.stval)) };
+        let outcome = if h.pc == stub + 4 { Ok(h.x[6]) } else { Err((h.scause, h.stval)) };
         let sip = h.sip;
         *self.hart() = saved;
         self.hart().sip = sip;
@@ -300,6 +340,29 @@ impl Bench {
     }
     pub fn set(&mut self, address: u32, value: u32) {
         self.store(address, 4, value).unwrap();
+    }
+    /// Writes device registers of 32 bits in this order, all of them in one slice.
+    pub fn set_all(&mut self, words: &[(u32, u32)]) {
+        const LOOP: u32 = STUBS + 0x200;
+        const LIST: u32 = 0x2000; // apart from code: it changes
+        let program = [lw(6, 5, 0), lw(7, 5, 4), sw(7, 6, 0), addi(5, 5, 8), addi(8, 8, -1), bne(8, 0, -20)];
+        if self.read32(LOOP) != program[0] {
+            self.write(LOOP, &bytes(&program));
+        }
+        self.write(
+            LIST,
+            &bytes(&words.iter().flat_map(|(address, value)| [*address, *value]).collect::<Vec<_>>()),
+        );
+        let saved = *self.hart();
+        let h = self.hart();
+        (h.pc, h.x[5], h.x[8]) = (LOOP, LIST, words.len() as u32);
+        (h.mode, h.satp, h.sstatus, h.sie, h.waiting) = (MODE_S, 0, 0, 0, 0);
+        self.step(6 * words.len() as u64);
+        let h = self.hart();
+        assert_eq!(h.pc, LOOP + 4 * program.len() as u32, "a trap: {:x?}", h.last_trap);
+        let sip = h.sip;
+        *self.hart() = saved;
+        self.hart().sip = sip;
     }
     /// `sip` as the guest reads it.
     pub fn sip(&mut self) -> u32 {
