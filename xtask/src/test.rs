@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use crate::flags::TestArgs;
@@ -71,6 +72,11 @@ impl Tally {
             // A test that found nothing to test with has passed in name only.
             self.passed = self.passed.saturating_sub(1);
             self.skipped.push(why.to_owned());
+        }
+    }
+    fn print_times(&self) {
+        for (what, took) in &self.times {
+            println!("{:>6.0} s  {what}", took.as_secs_f64());
         }
     }
     /// The counts; an error if something failed.
@@ -160,26 +166,24 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     }
     // `--show-output` also shows what tests that pass have to say: figures, and why they were skipped.
     tests.args(["--", "--show-output"]);
-    workspace(&mut tally, "cargo test", tests);
+    counted(&mut tally, "cargo test", tests, None);
 
     let mut tests = machine(&root);
     tests.env("MACHINE_ENGINE", "step");
-    workspace(&mut tally, "the machine's tests on the engine of single steps", tests);
+    counted(&mut tally, "the machine's tests on the engine of single steps", tests, None);
     let mut tests = machine(&root);
     tests.env("MACHINE_ENGINE", "warp");
-    workspace(&mut tally, "the machine's tests on the GPU's engine, its warps made of fibers", tests);
+    counted(&mut tally, "the machine's tests on the GPU's engine, its warps made of fibers", tests, None);
     if args.sanitize {
         let mut tests = machine(&root);
         tests.env("MACHINE_SANITIZE", "undefined");
-        workspace(&mut tally, "the machine's tests with undefined behaviour trapped", tests);
+        counted(&mut tally, "the machine's tests with undefined behaviour trapped", tests, None);
     }
     if has_image {
         fleet(&mut tally, &root);
     }
 
-    for (what, took) in &tally.times {
-        println!("{:>6.0} s  {what}", took.as_secs_f64());
-    }
+    tally.print_times();
     if let Some(processor) = processor_seconds() {
         println!("{processor:>6.0} s of processor time");
     }
@@ -298,22 +302,46 @@ fn check(tally: &mut Tally, what: &str, mut command: Command) {
     }
 }
 
-/// cargo test: shows its output but for the tests that passed, and counts.
-fn workspace(tally: &mut Tally, what: &str, mut command: Command) {
+/// cargo test, or one test program: shows its output but for the tests that passed, and counts. What takes longer than
+/// `limit` is ended, and has failed.
+fn counted(tally: &mut Tally, what: &str, mut command: Command, limit: Option<Duration>) {
     let failed = tally.failed.len();
     let since = Instant::now();
     println!("run     {what}");
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     let mut child = match child {
         Ok(child) => child,
-        Err(error) => return tally.fail(what, format!("cargo can't be run: {error}")),
+        Err(error) => {
+            return tally.fail(what, format!("{} can't be run: {error}", command.get_program().display()));
+        }
     };
+    let (sender, lines) = mpsc::channel();
     if let Some(out) = child.stdout.take() {
-        for line in BufReader::new(out).lines().map_while(Result::ok) {
-            tally.read(&line);
-            let passed = line.starts_with("test ") && line.ends_with(" ... ok");
-            if !(passed || line.trim().is_empty()) {
-                println!("{line}");
+        std::thread::spawn(move || {
+            let lines = BufReader::new(out).lines().map_while(Result::ok);
+            // It fails when nobody listens any more.
+            lines.map(|line| sender.send(line)).take_while(Result::is_ok).for_each(drop);
+        });
+    }
+    loop {
+        let line = match limit {
+            None => lines.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(limit) => lines.recv_timeout(limit.saturating_sub(since.elapsed())),
+        };
+        match line {
+            Ok(line) => {
+                tally.read(&line);
+                let passed = line.starts_with("test ") && line.ends_with(" ... ok");
+                if !(passed || line.trim().is_empty()) {
+                    println!("{line}");
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                drop(child.kill());
+                let seconds = limit.unwrap_or_default().as_secs();
+                tally.fail(what, format!("not done after {seconds} s, and ended; its tests are not counted"));
+                break;
             }
         }
     }
@@ -557,6 +585,23 @@ mod tests {
         assert_eq!(tally.failed, ["test b::c"]);
         assert_eq!(tally.skipped, ["qemu is not there"]);
         assert_eq!(tally.passed, 16);
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended_and_named() {
+        let (mut tally, start) = (Tally::default(), Instant::now());
+        let mut hangs = Command::new("sh");
+        hangs.args(["-c", "echo 'test a ... FAILED'; exec sleep 60"]);
+        counted(&mut tally, "machine_x", hangs, Some(Duration::from_secs(1)));
+        assert!(start.elapsed() < Duration::from_secs(30));
+        assert_eq!(tally.failed.len(), 2, "{tally:?}");
+        assert_eq!(tally.failed[0], "test a");
+        assert!(tally.failed[1].starts_with("machine_x: not done after 1 s"), "{tally:?}");
+        assert_eq!(tally.times.len(), 1);
+        let mut ends = Command::new("sh");
+        ends.args(["-c", "echo 'test result: ok. 3 passed; 0 failed; 0 filtered out; finished'"]);
+        counted(&mut tally, "machine_y", ends, Some(Duration::from_secs(30)));
+        assert_eq!((tally.failed.len(), tally.passed), (2, 3));
     }
 
     #[test]

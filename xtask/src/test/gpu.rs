@@ -4,11 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use miette::{IntoDiagnostic, WrapErr, miette};
 
-use super::{NVRTC, Tally, Tools, check, machine, workspace};
+use super::{NVRTC, Tally, Tools, check, counted, machine};
 use crate::doctor;
 use crate::emulator::{self, Show};
 use crate::flags::TestArgs;
@@ -16,6 +16,8 @@ use crate::flags::TestArgs;
 /// VMs in lockstep, and the requests that each answers.
 const VMS: &str = "4";
 const REQUESTS: &str = "100";
+/// How long a test program may take: none takes a tenth of that where all is well.
+const LIMIT: Duration = Duration::from_secs(600);
 /// What runs in the folder of --archive.
 const SCRIPT: &str = include_str!("run.sh");
 
@@ -50,10 +52,14 @@ pub fn command(args: &TestArgs, root: &Path, tools: &Tools) -> miette::Result<()
         ));
     }
     print!("{}", String::from_utf8_lossy(&gpus.stdout));
+    let programs = test_programs(root)?;
     for engine in &args.engine {
-        let mut tests = on_gpu(machine(root));
-        tests.env("MACHINE_ENGINE", format!("cuda-{engine}")).args(["--", "--show-output"]);
-        workspace(&mut tally, &format!("the machine's tests on the GPU, engine {engine}"), tests);
+        for (name, path) in &programs {
+            let mut tests = on_gpu(Command::new(path));
+            tests.current_dir(root.join("emulator")).arg("--show-output");
+            tests.env("MACHINE_ENGINE", format!("cuda-{engine}"));
+            counted(&mut tally, &format!("{name} on the GPU, engine {engine}"), tests, Some(LIMIT));
+        }
     }
     if args.no_guest {
         tally.skip("lockstep of CPU and GPU", "--no-guest was given");
@@ -68,6 +74,7 @@ pub fn command(args: &TestArgs, root: &Path, tools: &Tools) -> miette::Result<()
             check(&mut tally, &what, lockstep);
         }
     }
+    tally.print_times();
     tally.end(start)
 }
 
@@ -88,14 +95,7 @@ fn archive(args: &TestArgs, root: &Path, emulator: &Path, folder: &Path) -> miet
     if !args.no_guest && !lean_image(&mut tally, root) {
         return Err(miette!("the guest image was not built"));
     }
-    let mut build = machine(root);
-    build.args(["--no-run", "--message-format=json-render-diagnostics"]);
-    let output = build.stdin(Stdio::null()).stderr(Stdio::inherit()).output().into_diagnostic()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let tests: Vec<(String, PathBuf)> = text.lines().filter_map(test_program).collect();
-    if !output.status.success() || tests.is_empty() {
-        return Err(miette!("the tests do not build; cargo says why above"));
-    }
+    let tests = test_programs(root)?;
     let written = || -> Result<(), std::io::Error> {
         fs::create_dir_all(folder.join("tests"))?;
         copy(emulator, &folder.join("emulator"))?;
@@ -118,6 +118,19 @@ fn archive(args: &TestArgs, root: &Path, emulator: &Path, folder: &Path) -> miet
         if args.no_guest { "" } else { ", the lean guest" }
     );
     Ok(())
+}
+
+/// Builds the machine's tests; names and paths of the programs.
+fn test_programs(root: &Path) -> miette::Result<Vec<(String, PathBuf)>> {
+    let mut build = machine(root);
+    build.args(["--no-run", "--message-format=json-render-diagnostics"]);
+    let output = build.stdin(Stdio::null()).stderr(Stdio::inherit()).output().into_diagnostic()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let tests: Vec<(String, PathBuf)> = text.lines().filter_map(test_program).collect();
+    if !output.status.success() || tests.is_empty() {
+        return Err(miette!("the tests do not build; cargo says why above"));
+    }
+    Ok(tests)
 }
 
 /// A program without what debuggers want, if there is a `strip`.

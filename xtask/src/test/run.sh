@@ -19,6 +19,10 @@ step() {
     count=$(sed -n 's/^test result: .* \([0-9]* passed; [0-9]* failed\).*/: \1/p' "$results/$name.txt")
     if [ $status -eq 0 ]; then
         echo "ok      $name$count ($(($(date +%s) - begun)) s)"
+    elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
+        echo "FAILED  $name: not done after ${LIMIT:-600} s, and ended"
+        tail -n 20 "$results/$name.txt" | sed 's/^/  | /'
+        failed=$((failed + 1))
     else
         echo "FAILED  $name$count (status $status, $(($(date +%s) - begun)) s)"
         tail -n 20 "$results/$name.txt" | sed 's/^/  | /'
