@@ -232,8 +232,7 @@ proptest! {
     }
 }
 
-/// On fibers all takes thirty times as long, and on a GPU every slice takes longer than a launch: so many times fewer
-/// cases.
+/// On fibers all takes thirty times as long, and on a GPU each of the many slices is a launch: so many times fewer cases.
 fn effort() -> u64 {
     match By::environment() {
         By::Threaded | By::Step => 1,

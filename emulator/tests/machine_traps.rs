@@ -287,9 +287,7 @@ fn the_timer_is_exact() {
             b.write(HANDLER, &bytes(&[csrr(10, TIME), SELF]));
             let h = b.hart();
             (h.stvec, h.sie, h.sstatus, h.stimecmp) = (HANDLER, STI, SSTATUS_SIE, deadline);
-            while b.x(10) == 0 && b.hart().steps < deadline + 10 {
-                b.step(budget.min(deadline + 10 - b.hart().steps));
-            }
+            b.steps(deadline + 10, budget);
             let h = b.hart();
             assert_eq!(h.scause, 0x8000_0005);
             assert_eq!(h.x[10], deadline as u32, "deadline {deadline}, budget {budget}");
@@ -552,9 +550,7 @@ fn slices_are_invisible() {
         b.write(HANDLER, &bytes(&handler));
         let h = b.hart();
         (h.stvec, h.sie, h.sstatus, h.x[9], h.x[26]) = (HANDLER, STI, SSTATUS_SIE, 0x4ffe & !3, SSTATUS_SPP);
-        while b.hart().steps < until {
-            b.step(budget.min(until - b.hart().steps));
-        }
+        b.steps(until, budget);
         (b.state(0), b.ram_hash(0))
     };
     for until in [1, 500, 1_024, 20_000, 20_001, 99_999] {

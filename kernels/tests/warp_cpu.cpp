@@ -107,8 +107,8 @@ static void forget_code(Pool *pool) {
     memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
 }
 
-// What a fleet shares: texts and traces, few, so that tests that make many fill it; and what each VM keeps from
-// slice to slice. Made for a pool when it is first seen.
+// What a fleet shares: texts and traces, few, so that tests that make many fill it; and what each VM keeps
+// from slice to slice. Made for a pool when it is first seen.
 static void code_memory(Pool *pool) {
     const u32 texts = 512, slots = 2048, traces = 1 << 14;
     pool->text_capacity = texts, pool->text_slots = slots, pool->trace_capacity = traces;

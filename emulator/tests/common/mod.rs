@@ -234,6 +234,18 @@ impl Bench {
         assert_eq!((result.exit, result.steps), (EXIT_BUDGET, steps), "at pc {:#x}", self.hart().pc);
         result
     }
+    /// Runs so many steps in slices of `budget`. On a GPU, where each slice is a launch, what is too much comes first, in
+    /// one slice.
+    pub fn steps(&mut self, steps: u64, budget: u64) {
+        let slices = if matches!(self.by, By::Cuda(_)) { 10_000 } else { u64::MAX };
+        let mut left = steps.min(budget.saturating_mul(slices));
+        if left < steps {
+            self.step(steps - left);
+        }
+        while left > 0 {
+            left -= self.step(budget.min(left)).steps;
+        }
+    }
     /// Runs step by step until the hart is at `pc`; panics after `most` steps.
     pub fn run_to(&mut self, pc: u32, most: u64) {
         for _ in 0..most {
