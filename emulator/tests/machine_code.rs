@@ -135,26 +135,34 @@ fn more_code_than_code_pages() {
     assert!(b.slice(1).code_pages <= emulator::abi::CODE_PAGES_PER_VM);
 }
 
-/// More different pages than there is room for their decoded code, which is cleared between slices then; and a page that
-/// runs between all others, so that what is known of it is old when that happens.
+/// Two VMs with more different pages than there is room for their decoded code, which is cleared between slices then; and
+/// a page that runs between all others, so that what is known of it is old when that happens.
 #[test]
 fn decoded_code_is_cleared() {
     const PAGES: u32 = 800;
     let (hub, base) = (CODE, 0x2_0000);
-    let mut b = Bench::new(0x40_0000, &[addi(11, 11, 1), jalr(0, 12, 0)]);
-    for i in 0..PAGES {
-        let next = li(12, base + (i + 1) % PAGES * 4096);
-        b.write(base + i * 4096, &bytes(&[addi(10, 10, i as i32), next[0], next[1], jalr(0, 5, 0)]));
+    let pieces = vec![(hub, bytes(&[addi(11, 11, 1), jalr(0, 12, 0)]))];
+    let mut b = Bench::with(2, None, 0x40_0000, pieces, hub);
+    for vm in 0..2 {
+        for i in 0..PAGES {
+            let next = li(12, base + (i + 1) % PAGES * 4096);
+            let code = [addi(10, 10, i as i32), addi(0, 0, vm as i32), next[0], next[1], jalr(0, 5, 0)];
+            b.write_of(vm, base + i * 4096, &bytes(&code));
+        }
+        let h = &mut b.vm_of(vm).hart;
+        (h.x[5], h.x[12]) = (hub, base);
     }
-    let h = b.hart();
-    (h.x[5], h.x[12]) = (hub, base);
     let mut passed = 0;
     for pages in [50, 1, 7, 2, 90].into_iter().cycle() {
-        b.step(6 * pages);
+        b.slices(&[0, 1], 7 * pages);
         passed += pages as u32;
         let whole = passed / PAGES * (PAGES * (PAGES - 1) / 2);
         let part = passed % PAGES;
-        assert_eq!((b.x(10), b.x(11)), (whole + part * part.saturating_sub(1) / 2, passed), "{passed} pages");
+        for vm in 0..2 {
+            let h = &b.vm_of(vm).hart;
+            let expected = (whole + part * part.saturating_sub(1) / 2, passed, hub);
+            assert_eq!((h.x[10], h.x[11], h.pc), expected, "VM {vm}, {passed} pages");
+        }
         if passed > 2 * PAGES {
             break;
         }

@@ -110,7 +110,7 @@ static void forget_code(Pool *pool) {
 // What a fleet shares: texts and traces, few, so that tests that make many fill it; and what each VM keeps
 // from slice to slice. Made for a pool when it is first seen.
 static void code_memory(Pool *pool) {
-    const u32 texts = 512, slots = 2048, traces = 1 << 14;
+    const u32 texts = 1024, slots = 4096, traces = 1 << 16;
     pool->text_capacity = texts, pool->text_slots = slots, pool->trace_capacity = traces;
     pool->text_ptr = (u64)(uintptr_t)malloc((u64)texts * sizeof(Text));
     pool->text_table_ptr = (u64)(uintptr_t)malloc(slots * 4);
