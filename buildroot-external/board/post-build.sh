@@ -26,6 +26,11 @@ mkdir -p var/log/nginx run tmp
 # Buildroot writes to etc and usr/lib when it comes here again.
 find . -mindepth 1 -depth -type d -empty ! -path ./etc ! -path ./lib ! -path ./usr/lib ! -path ./run ! -path ./tmp \
     ! -path ./var/log/nginx -exec rmdir {} +
+# The same bytes wherever it is built.
+if [ -n "${BASE_DIR-}" ] && leaks=$(grep -rlF "$BASE_DIR/" .); then
+    echo "error: these files hold the path of the build folder, $BASE_DIR:" $leaks >&2
+    exit 1
+fi
 for folder; do
     cp -R "$here/$folder/." .
 done
