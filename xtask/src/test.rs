@@ -304,7 +304,18 @@ fn check(tally: &mut Tally, what: &str, mut command: Command) {
 
 /// cargo test, or one test program: shows its output but for the tests that passed, and counts. What takes longer than
 /// `limit` is ended, and has failed.
-fn counted(tally: &mut Tally, what: &str, mut command: Command, limit: Option<Duration>) {
+fn counted(tally: &mut Tally, what: &str, command: Command, limit: Option<Duration>) {
+    counted_and_shown(tally, what, command, limit, |line| println!("{line}"));
+}
+
+/// The same; `show` gets the program's lines.
+fn counted_and_shown(
+    tally: &mut Tally,
+    what: &str,
+    mut command: Command,
+    limit: Option<Duration>,
+    mut show: impl FnMut(&str),
+) {
     let failed = tally.failed.len();
     let since = Instant::now();
     println!("run     {what}");
@@ -333,7 +344,7 @@ fn counted(tally: &mut Tally, what: &str, mut command: Command, limit: Option<Du
                 tally.read(&line);
                 let passed = line.starts_with("test ") && line.ends_with(" ... ok");
                 if !(passed || line.trim().is_empty()) {
-                    println!("{line}");
+                    show(&line);
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
@@ -590,18 +601,24 @@ mod tests {
     #[test]
     fn a_program_that_hangs_is_ended_and_named() {
         let (mut tally, start) = (Tally::default(), Instant::now());
+        // Printed, these lines would count as tests of this program.
+        let mut shown = Vec::new();
         let mut hangs = Command::new("sh");
         hangs.args(["-c", "echo 'test a ... FAILED'; exec sleep 60"]);
-        counted(&mut tally, "machine_x", hangs, Some(Duration::from_secs(1)));
+        let limit = Some(Duration::from_secs(1));
+        counted_and_shown(&mut tally, "machine_x", hangs, limit, |line| shown.push(line.to_owned()));
         assert!(start.elapsed() < Duration::from_secs(30));
         assert_eq!(tally.failed.len(), 2, "{tally:?}");
         assert_eq!(tally.failed[0], "test a");
         assert!(tally.failed[1].starts_with("machine_x: not done after 1 s"), "{tally:?}");
         assert_eq!(tally.times.len(), 1);
         let mut ends = Command::new("sh");
-        ends.args(["-c", "echo 'test result: ok. 3 passed; 0 failed; 0 filtered out; finished'"]);
-        counted(&mut tally, "machine_y", ends, Some(Duration::from_secs(30)));
+        let result = "test result: ok. 3 passed; 0 failed; 0 filtered out; finished";
+        ends.args(["-c", &format!("echo 'test b ... ok'; echo '{result}'")]);
+        let limit = Some(Duration::from_secs(30));
+        counted_and_shown(&mut tally, "machine_y", ends, limit, |line| shown.push(line.to_owned()));
         assert_eq!((tally.failed.len(), tally.passed), (2, 3));
+        assert_eq!(shown, ["test a ... FAILED", result]);
     }
 
     #[test]
