@@ -161,13 +161,14 @@ SLOW WarpFetch warp_fetch(VmSlot *slot, u32 pc) {
     out.events = forget(slot, m), out.found = 0;
     frame = warp_shuffle(frame, 0);
     if (frame == NO_FRAME) return out;
-    u32 text = text_find(m.pool, m.vm, frame);
+    u32 known = warp_shuffle(read_through(&code_of(m)[frame]), 0);
+    u32 text = known ? known - 1 : text_find(m.pool, m.vm, frame);
     if (text == NO_TEXT) {
         const u32 *words = (const u32 *)frame_at(m, frame);
         out.events |= warp_step(slot, words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
         return out;
     }
-    forget_data_of(slot, frame); // stores to it must no longer go there directly
+    if (!known) forget_data_of(slot, frame); // from now on stores to it must not go there directly
     FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
     warp_sync();
     if (warp_lane() == 0) entry.tag = PAGE_OF(pc) | mode_key(h), entry.text = text;

@@ -65,5 +65,5 @@ extern "C" __global__ void machine_forget_code(Pool *pool, u32 frames) {
     u32 *table = (u32 *)(uintptr_t)pool->text_table_ptr, *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
     for (u32 i = at; i < pool->text_slots; i += all) table[i] = 0;
     for (u32 i = at; i < frames; i += all) codes[i] = 0;
-    if (at == 0) pool->text_count = pool->trace_count = 0, pool->code_epoch++;
+    if (at == 0) pool->text_count = pool->trace_count = CODE_FIRST, pool->code_epoch++;
 }

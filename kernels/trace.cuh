@@ -383,13 +383,10 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
     return number;
 }
 
-// The text of a frame, found by its words or made; all lanes. NO_TEXT if there is no room for another, or
-// this VM has made its share.
+// The text of a frame that has none yet, found by its words or made; all lanes. NO_TEXT if there is no room
+// for another, or this VM has made its share.
 SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
     u32 lane = warp_lane();
-    u32 *codes = (u32 *)(uintptr_t)pool->code_of_ptr;
-    u32 known = warp_shuffle(read_through(&codes[frame]), 0);
-    if (known) return known - 1;
     const u32 *words = (const u32 *)(uintptr_t)(pool->base_ptr + (u64)frame * FRAME_BYTES);
     u32 hash = 0;
     for (u32 i = lane; i < TEXT_WORDS; i += 32) hash = (hash ^ words[i]) * 0x9E3779B1u + (hash >> 15);
@@ -436,7 +433,7 @@ SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
             break;
         }
     }
-    if (text != NO_TEXT && lane == 0) codes[frame] = text + 1;
+    if (text != NO_TEXT && lane == 0) ((u32 *)(uintptr_t)pool->code_of_ptr)[frame] = text + 1;
     warp_sync();
     return text;
 }

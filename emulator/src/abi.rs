@@ -64,6 +64,9 @@ pub const TRACE_BYTES: u32 = 512;
 pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
 pub const TRACES_PER_VM: u32 = 1 << 16;
+/// The first text and the first trace that are made. Number 0 is for lanes that have none: they read it for nothing, and
+/// a cache beside them goes on saying what it said then.
+pub const CODE_FIRST: u32 = 1;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
 pub const VM_SLOT_BYTES: u32 = 216;
 
@@ -410,7 +413,7 @@ pub struct Pool {
     pub code_ptr: u64,
     /// Code pages that each VM may have for frames of its own; at most `CODE_PAGES_PER_VM`.
     pub code_pages_per_vm: u32,
-    /// Engine W: texts made so far (may count beyond the capacity).
+    /// Engine W: texts made so far, and [`CODE_FIRST`] (may count beyond the capacity).
     pub text_count: u32,
     /// Engine W: texts, see `kernels/trace.cuh`.
     pub text_ptr: u64,
@@ -424,7 +427,7 @@ pub struct Pool {
     pub text_slots: u32,
     /// Engine W: traces there is room for.
     pub trace_capacity: u32,
-    /// Engine W: traces made so far (may count beyond the capacity).
+    /// Engine W: traces made so far, and [`CODE_FIRST`] (may count beyond the capacity).
     pub trace_count: u32,
     /// Engine W: translations that VMs had at hand at the end of their last slice, 8 bytes each and 8 more a VM, or 0.
     pub saved_ptr: u64,

@@ -10,6 +10,8 @@
 extern "C" void *malloc(unsigned long);
 extern "C" void *calloc(unsigned long, unsigned long);
 extern "C" void *memset(void *, int, unsigned long);
+extern "C" void *aligned_alloc(unsigned long, unsigned long);
+extern "C" int mprotect(void *, unsigned long, int);
 extern "C" void abort();
 
 namespace {
@@ -102,9 +104,20 @@ static const u32 VMS_MOST = 1024;
 
 // Forgets all texts and traces.
 static void forget_code(Pool *pool) {
-    pool->text_count = pool->trace_count = 0, pool->code_epoch++;
+    pool->text_count = pool->trace_count = CODE_FIRST, pool->code_epoch++;
     memset((void *)(uintptr_t)pool->text_table_ptr, 0, pool->text_slots * 4);
     memset((void *)(uintptr_t)pool->code_of_ptr, 0, (u64)(pool->shared_frames + pool->capacity) * 4);
+}
+
+// Memory whose first `frozen` bytes read as zeroes, and end the program when something is written there: on a
+// GPU caches would go on saying what text 0 and trace 0 said when a lane without any read them.
+static u64 frozen(u64 bytes, u64 frozen) {
+    const u64 page = 4096, head = (frozen + page - 1) / page * page;
+    u8 *at = (u8 *)aligned_alloc(page, head + (bytes + page - 1) / page * page);
+    if (!at) abort();
+    memset(at, 0, head);
+    if (mprotect(at, head, 1 /* PROT_READ */)) abort();
+    return (u64)(uintptr_t)(at + head - frozen);
 }
 
 // What a fleet shares: texts and traces, few, so that tests that make many fill it; and what each VM keeps
@@ -112,11 +125,9 @@ static void forget_code(Pool *pool) {
 static void code_memory(Pool *pool) {
     const u32 texts = 1024, slots = 4096, traces = 1 << 16;
     pool->text_capacity = texts, pool->text_slots = slots, pool->trace_capacity = traces;
-    pool->text_ptr = (u64)(uintptr_t)malloc((u64)texts * sizeof(Text));
+    pool->text_ptr = frozen((u64)texts * sizeof(Text), TEXT_BYTES);
     pool->text_table_ptr = (u64)(uintptr_t)malloc(slots * 4);
-    pool->trace_ptr = (u64)(uintptr_t)malloc(((u64)traces * VM_LANES + 1) * sizeof(TraceLane));
-    pool->trace_ptr = (pool->trace_ptr + sizeof(TraceLane) - 1) & ~(u64)(sizeof(TraceLane) - 1);
-    memset((void *)(uintptr_t)pool->trace_ptr, 0, VM_LANES * sizeof(TraceLane));
+    pool->trace_ptr = frozen((u64)traces * VM_LANES * sizeof(TraceLane), VM_LANES * sizeof(TraceLane));
     pool->saved_ptr = (u64)(uintptr_t)calloc((u64)VMS_MOST * SAVED_WORDS, 8);
     forget_code(pool); // the threaded engine's code pages mean nothing here
 }

@@ -41,6 +41,17 @@ pub trait Engine: Send {
     ///
     /// No VM may be in two engines at once: the scheduler sees to that.
     fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError>;
+
+    /// The same for an engine whose slices take long: meanwhile it calls `watch` again and again, for there may be something
+    /// in the VMs' mailboxes already.
+    fn run_watched(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        _watch: &dyn Fn(),
+    ) -> Result<(), EngineError> {
+        self.run(slices, results)
+    }
 }
 
 /// The machine itself failed (a device error, not a guest's doing).

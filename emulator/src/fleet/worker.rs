@@ -26,6 +26,10 @@ const FUTILE_BOOTS: u32 = 3;
 
 /// Slices of VMs among which some were just woken are so much shorter, on engines that run many at once: 1 ms, not 8.
 const SERVING: u64 = 8;
+/// The same where what VMs send is seen before their slices end: long enough for a short answer.
+const SERVING_WATCHED: u64 = 3;
+/// So many VMs are watched while they run.
+const WATCHED: usize = 64;
 /// With as many turns as this they are not, and with half of it half as long.
 const SHORT_TURNS: u64 = 4096;
 
@@ -72,7 +76,10 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         let advice = engine.budget().map(|budget| budget / share(&turns));
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let prepared = Instant::now();
-        let ran = engine.run(&slices, &mut results);
+        let ran = match are_watched(&turns) {
+            true => engine.run_watched(&slices, &mut results, &|| shared.watch(&turns)),
+            false => engine.run(&slices, &mut results),
+        };
         let done = Instant::now();
         if let Err(error) = ran {
             shared.fault(error.to_string());
@@ -101,14 +108,25 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
     drop(alarm);
 }
 
+/// Whether some of the turns' VMs were just woken, and none boots: answers are on their way.
+fn serve(turns: &[Turn]) -> bool {
+    let is = |class| move |turn: &Turn| turn.class == class;
+    turns.iter().any(is(Class::Fresh)) && !turns.iter().any(is(Class::Boot))
+}
+
+/// Whether what the VMs send is to be seen before their slices end.
+fn are_watched(turns: &[Turn]) -> bool {
+    turns.len() <= WATCHED && serve(turns)
+}
+
 /// What part of an engine's usual slice the turns get. An answer is on its way through several slices of its VM, and each
 /// ends with the slices beside it; but the host needs time for each turn, too.
 fn share(turns: &[Turn]) -> u64 {
-    let boots = turns.iter().any(|turn| turn.class == Class::Boot);
-    if boots || turns.iter().all(|turn| turn.class == Class::Bulk) {
-        return 1;
+    match serve(turns) {
+        true if are_watched(turns) => SERVING_WATCHED,
+        true => (SHORT_TURNS / turns.len().max(1) as u64).clamp(1, SERVING),
+        false => 1,
     }
-    (SHORT_TURNS / turns.len().max(1) as u64).clamp(1, SERVING)
 }
 
 /// What happens to a VM after its slice.
@@ -221,6 +239,17 @@ impl Shared {
                 }
                 self.take_down(vm, life);
             }
+        }
+    }
+
+    /// Tells the bridge of frames from VMs that are still running.
+    fn watch(&self, turns: &[Turn]) {
+        if !self.config.bridged {
+            return;
+        }
+        let sent = |turn: &&Turn| self.machines.mailbox(turn.vm).has_frames() && self.mark_dirty(turn.vm);
+        if turns.iter().filter(sent).count() > 0 {
+            self.call_bridge();
         }
     }
 
@@ -361,7 +390,7 @@ mod tests {
     #[test]
     fn slices_are_short_while_a_fleet_serves() {
         let turns = |class, count: usize| vec![Turn { vm: 0, class, reset: false }; count];
-        assert_eq!([Class::Boot, Class::Bulk, Class::Fresh].map(|class| share(&turns(class, 9))), [1, 1, 8]);
+        assert_eq!([Class::Boot, Class::Bulk, Class::Fresh].map(|class| share(&turns(class, 9))), [1, 1, 3]);
         let both = |more| [turns(Class::Fresh, 1), turns(more, 511)].concat();
         assert_eq!([Class::Boot, Class::Bulk].map(|more| share(&both(more))), [1, 8]);
         assert_eq!([1024, 2048, 4096, 9999].map(|count| share(&turns(Class::Fresh, count))), [4, 2, 1, 1]);

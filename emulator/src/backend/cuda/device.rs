@@ -13,7 +13,7 @@ use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinn
 use super::error::Error;
 use super::kept::{self, Decoded, Format, Loaded};
 use super::plan::{Demand, DoesNotFit, Plan};
-use crate::abi::{FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
+use crate::abi::{CODE_FIRST, FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::nvrtc::Compiler;
 use crate::backend::start::{self, Identity};
 use crate::memory::SharedFrames;
@@ -236,13 +236,17 @@ impl Device {
             ring.write(&stream, u64::from(start) * 4, &numbers)?;
         }
         code_of.zero(&stream, 0, code_of.bytes())?;
-        let (mut text_count, mut trace_count) = (0, 0);
+        // What lanes read that have none.
+        texts.zero(&stream, 0, TEXT_BYTES.into())?;
+        traces.zero(&stream, 0, self.kind.trace_bytes().into())?;
+        let (mut text_count, mut trace_count) = (CODE_FIRST, CODE_FIRST);
         match kept {
             Some(decoded) => {
                 text_table.write(&stream, 0, &decoded.table())?;
                 texts.write(&stream, 0, &decoded.words)?;
                 traces.write(&stream, 0, decoded.traces())?;
-                (text_count, trace_count) = (decoded.texts(), decoded.trace_count());
+                text_count = text_count.max(decoded.texts());
+                trace_count = trace_count.max(decoded.trace_count());
             }
             None => text_table.zero(&stream, 0, text_table.bytes())?,
         }
@@ -270,10 +274,6 @@ impl Device {
             code_epoch: 0,
             reserved: 0,
         };
-        // Lanes without a VM run trace 0, whatever it says, for nothing: it has to be one.
-        if trace_count == 0 {
-            traces.zero(&stream, 0, self.kind.trace_bytes().into())?;
-        }
         Ok(self.pool.write(&stream, 0, &[pool])?)
     }
 

@@ -12,8 +12,9 @@ use super::pace::Pace;
 use crate::abi::{GpuSlice, SliceResult};
 use crate::backend::{Engine, EngineError, Slice};
 
-/// How long a launch is waited for without sleeping.
+/// How long a launch is waited for without sleeping, and one whose VMs are watched.
 const SPIN: Duration = Duration::from_micros(200);
+const SPIN_WATCHED: Duration = Duration::from_millis(4);
 /// Between two looks at a longer one.
 const NAP: Duration = Duration::from_micros(50);
 /// Marks a result that no warp has written.
@@ -80,10 +81,15 @@ impl CudaEngine {
         self.stream.launch(&device.run, blocks, warps * 32, shared, &mut arguments)
     }
 
-    /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after.
-    fn wait(&self, began: Instant) -> Result<(), CallError> {
+    /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after. Except when
+    /// somebody is to learn at once what the VMs send.
+    fn wait(&self, began: Instant, watch: Option<&dyn Fn()>) -> Result<(), CallError> {
+        let spin = if watch.is_some() { SPIN_WATCHED } else { SPIN };
         while !self.stream.is_done()? {
-            if began.elapsed() < SPIN { std::hint::spin_loop() } else { std::thread::sleep(NAP) }
+            if let Some(watch) = watch {
+                watch();
+            }
+            if began.elapsed() < spin { std::hint::spin_loop() } else { std::thread::sleep(NAP) }
         }
         Ok(())
     }
@@ -132,6 +138,26 @@ impl Engine for CudaEngine {
     }
 
     fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+        self.run_all(slices, results, None)
+    }
+
+    fn run_watched(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        watch: &dyn Fn(),
+    ) -> Result<(), EngineError> {
+        self.run_all(slices, results, Some(watch))
+    }
+}
+
+impl CudaEngine {
+    fn run_all(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        watch: Option<&dyn Fn()>,
+    ) -> Result<(), EngineError> {
         if slices.is_empty() {
             return Ok(());
         }
@@ -139,7 +165,7 @@ impl Engine for CudaEngine {
         let device = Arc::clone(&self.device);
         let launching = device.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         let began = Instant::now();
-        let ran = self.launch(slices.len() as u32).and_then(|()| self.wait(began));
+        let ran = self.launch(slices.len() as u32).and_then(|()| self.wait(began, watch));
         let took = began.elapsed();
         ran.map_err(|error| self.fault(slices, &error))?;
         let first = results.len();

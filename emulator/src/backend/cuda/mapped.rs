@@ -11,7 +11,7 @@ use super::cubin;
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Registered, Stream};
 use super::error::Error;
 use super::{Gpus, open_devices};
-use crate::abi::{GpuSlice, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
+use crate::abi::{CODE_FIRST, GpuSlice, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::cpu::CpuMachines;
 use crate::backend::nvrtc::Compiler;
 use crate::backend::{EngineError, Machines as _, Slice};
@@ -110,7 +110,8 @@ impl MappedDevice {
         let free = crate::fleet::lock(&self.free).pop();
         let seat = free.map_or_else(|| Seat::new(&self.context, self.translations), Ok)?;
         seat.table.zero(&seat.stream, 0, seat.table.bytes())?;
-        // Lanes without a VM run trace 0 for nothing: it has to be one.
+        // What lanes read that have none.
+        seat.texts.zero(&seat.stream, 0, TEXT_BYTES.into())?;
         seat.traces.zero(&seat.stream, 0, self.kind.trace_bytes().into())?;
         seat.saved.zero(&seat.stream, 0, seat.saved.bytes())?;
         seat.stream.wait()?;
@@ -120,7 +121,7 @@ impl MappedDevice {
             (pool.text_ptr, pool.text_capacity) = (seat.texts.address(), TEXTS);
             (pool.text_table_ptr, pool.text_slots) = (seat.table.address(), SLOTS);
             (pool.trace_ptr, pool.trace_capacity) = (seat.traces.address(), TRACES / self.kind.trace_bytes());
-            (pool.text_count, pool.trace_count) = (0, 0);
+            (pool.text_count, pool.trace_count) = (CODE_FIRST, CODE_FIRST);
             pool.saved_ptr = seat.saved.address();
             let frames = places.frames;
             // The CPU engine's code pages mean nothing here.
