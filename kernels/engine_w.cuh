@@ -196,28 +196,21 @@ FN u32 lane_other(u32 detail, u32 a, u32 b) {
     }
 }
 
-FN void lane_store(u8 *host, u32 detail, u32 value) {
-    if (detail == 2)
-        *(u32 *)host = value;
-    else if (detail == 1)
-        *(u16 *)host = (u16)value;
-    else
-        *host = (u8)value;
-}
 FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
 
-// Whether a branch goes the other way than its trace. False for all but branches.
+// Whether a branch goes the other way than its trace.
 FN bool lane_leaves(u32 op, u32 a, u32 b) {
     u32 bias = op & BRANCH_SIGNED << 3 ? 0x80000000u : 0;
     bool less = (a ^ bias) < (b ^ bias), same = a == b, meets = op & BRANCH_LESS << 3 ? less : same;
-    return ((op & 7) == T_BRANCH) & (meets != (bool)(op & BRANCH_INVERT << 3));
+    return meets != (bool)(op & BRANCH_INVERT << 3);
 }
 
-// The last level that counts if the trace is left at the first of `leaving`; at most `last`.
-FN u32 last_needed(u32 leaving, u32 member, u32 op, u32 last) {
-    u32 needed = warp_max((leaving ^ (leaving - 1)) >> member & 1 ? op >> 28 & 7 : 0);
-    return needed < last ? needed : last;
-}
+// The lanes up to the first of `leaving`: all that count if the trace is left there.
+FN u32 up_to_first(u32 leaving) { return leaving ^ (leaving - 1); }
+
+// What a round has to do, as lanes mark it (trace.cuh), and that it is not the last.
+#define ROUND (1u << MARK_LOAD | 1u << MARK_STORE | 1u << MARK_OTHER | 1u << MARK_BRANCH)
+#define ROUND_AHEAD 2u
 
 // Classes whose target is in the immediate.
 #define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
@@ -484,12 +477,13 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             bool leads = (ends || LEADS_ON >> (op & 7) & 1) && onward < FRAME_BYTES;
             u64 index = texts + (u64)(more & 0xffff) * TEXT_BYTES + FRAME_BYTES;
             u32 follows = load_word(index + (leads ? onward & ~3u : 0));
-            // What each level has to do: uniform.
-            const u32 levels = warp_or(1u << (more >> 27) | (more >> 16 & 1) << 31);
-            u32 last = warp_max(op >> 28 & 7);
+            // What this lane does in which round, and the rounds before the one in which it is done; both are
+            // shifted on from round to round. What a round has to do and whether another one follows is said
+            // by one reduction: its branches are uniform.
+            u32 work = 1u << (more >> 27), ahead = (2u << (op >> 28 & 7)) - 2;
             // Lanes at which the trace is left, and those among them whose instruction has not happened.
             u32 stopped = bit_or_none(left);
-            if (levels >> 31) { // in part on other pages: are they still there?
+            if (warp_or(more >> 16 & 1)) { // in part on other pages: are they still there?
                 FetchEntry fetch = cached_fetch(slot, here);
                 bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == (more & 0xffff));
                 bool gone = (more >> 16 & 1) & !same;
@@ -501,28 +495,35 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
             const u32 sums = byte_sign<3>(op);
             u32 value = (here & ~3u) + 4; // of jumps: the link
-            for (u32 round = 0;; round++) {
+            u32 round;
+            do {
+                // Before the first round it brings nothing that counts; but so the loop has one end, and the
+                // compiler makes one copy of it.
+                u32 made_a = group_shuffle(value, op >> 8), made_b = group_shuffle(value, op >> 16);
+                if (op & OPERAND_MADE << 8) a = made_a;
+                if (op & OPERAND_MADE << 16) b = made_b;
+                round = warp_or((work & ROUND) | (ahead & ROUND_AHEAD));
                 u32 operand = b + addend;
                 u32 result =
                     ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
                 bool simple = (op & 0x0f000007) == T_ALU;
-                if (levels >> MARK_OTHER >> round & 1) {
-                    if (((op & 7) == T_ALU) & !simple) value = lane_other(op >> 24 & 15, a, operand);
+                if (round >> MARK_OTHER & 1) {
+                    u32 other = lane_other(op >> 24 & 15, a, operand); // 0 of the lanes without one
+                    if (work >> MARK_OTHER & 1) value = other;
                 }
                 if (simple) value = result;
-                if (levels >> MARK_BRANCH >> round & 1) {
-                    u32 turning = group_ballot(((op >> 28 & 7) == round) & lane_leaves(op, a, b));
-                    leaving |= turning;
-                    if (VM_LANES == 32 ? turning : warp_ballot(turning))
-                        last = last_needed(leaving, member, op, last);
+                if (round >> MARK_BRANCH & 1) {
+                    leaving |= group_ballot((work >> MARK_BRANCH & 1) & lane_leaves(op, a, b));
+                    if (!(up_to_first(leaving) >> member & 1)) ahead = 0;
+                    round = (round & ~ROUND_AHEAD) | warp_or(ahead & ROUND_AHEAD);
                 }
-                if ((levels | levels >> MARK_STORE) >> round & 1) {
+                if (round & (1u << MARK_LOAD | 1u << MARK_STORE)) {
                     u32 va = a + t.imm;
                     u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
                     DataEntry entry = cached_data(slot, va);
                     bool stores = (op & 7) == T_STORE;
                     u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
-                    bool mine = (((op & 7) == T_LOAD) | stores) & ((op >> 28 & 7) == round);
+                    bool mine = work & (1u << MARK_LOAD | 1u << MARK_STORE);
                     bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
                     u32 missing = group_ballot(mine & !ok) & lanes_before(leaving);
                     if (UNLIKELY(VM_LANES == 32 ? missing : warp_ballot(missing))) {
@@ -530,7 +531,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                         // elsewhere, the lane waits to be the first of another trace.
                         u32 kind = op & 7;
                         u32 undecided =
-                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && (op >> 28 & 7) > round);
+                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && (ahead & ROUND_AHEAD));
                         missing &= ~missing + 1;
                         u32 miss_va = group_shuffle(va, first_of(missing));
                         u32 miss_store = group_shuffle((u32)stores, first_of(missing));
@@ -542,7 +543,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                                     here = (here & ~3u) | (va & alignment(op >> 3 & 3) ? END_STEP : END_FILL);
                             }
                         }
-                        last = last_needed(leaving, member, op, last);
+                        if (!(up_to_first(leaving) >> member & 1)) ahead = 0;
                     }
                     ok &= mine;
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
@@ -551,18 +552,15 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                     word = word >> (8 * va & 31) << shift;
                     word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
                     if (loads) value = word;
-                    if (levels >> MARK_STORE >> round & 1) {
+                    if (round >> MARK_STORE & 1) {
                         warp_sync();
-                        if (ok && stores && (lanes_before(leaving) >> member & 1))
-                            lane_store((u8 *)(uintptr_t)host, op >> 3 & 3, b);
+                        bool happens = ok & stores & (lanes_before(leaving) >> member & 1);
+                        store_if(happens, host, op >> 3 & 3, b);
                         warp_sync();
                     }
                 }
-                if (round >= last) break;
-                u32 made_a = group_shuffle(value, op >> 8), made_b = group_shuffle(value, op >> 16);
-                if (op & OPERAND_MADE << 8) a = made_a;
-                if (op & OPERAND_MADE << 16) b = made_b;
-            }
+                work >>= 1, ahead >>= 1;
+            } while (round & ROUND_AHEAD);
             // Where it goes on, and which lanes count.
             u32 kind = op & 7, target = lane_page + t.imm;
             bool stops = stopped >> member & 1, turns = (leaving & ~stopped) >> member & 1; // a branch

@@ -130,6 +130,16 @@ FN u32 load_if(bool take, u64 address) {
                  : "memory");
     return word;
 }
+// Likewise; of 1 << log_size bytes.
+FN void store_if(bool take, u64 address, u32 log_size, u32 value) {
+    asm volatile("{ .reg .pred p, q; .reg .b16 h; cvt.u16.u32 h, %3; setp.ne.u32 p, %0, 0;"
+                 "setp.eq.and.u32 q, %2, 2, p; @q st.global.u32 [%1], %3;"
+                 "setp.eq.and.u32 q, %2, 1, p; @q st.global.u16 [%1], h;"
+                 "setp.eq.and.u32 q, %2, 0, p; @q st.global.u8 [%1], %3; }"
+                 :
+                 : "r"((u32)take), "l"(address), "r"(log_size), "r"(value)
+                 : "memory");
+}
 #else
 VmSlot *warp_slots();
 u32 warp_lane();
@@ -166,7 +176,15 @@ FN void slot_write_if(bool take, SlotPlace slot, u32 number, u32 value) {
 }
 FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
 FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
-
+FN void store_if(bool take, u64 address, u32 log_size, u32 value) {
+    if (!take) return;
+    if (log_size == 2)
+        *(volatile u32 *)(uintptr_t)address = value;
+    else if (log_size == 1)
+        *(volatile u16 *)(uintptr_t)address = (u16)value;
+    else
+        *(volatile u8 *)(uintptr_t)address = (u8)value;
+}
 #endif
 
 FN u32 warp_max(u32 value) {
