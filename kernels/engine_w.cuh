@@ -274,6 +274,7 @@ struct LaneState {
 #define LEARN_PAGE 2u
 // Every seventh trace is looked at.
 #define LEARN_STEP 0x2545F491u
+#define LOOKS 0x80000000u // beside a trace's number
 
 // A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
 // going another way. What changes often is believed more and more seldom.
@@ -414,8 +415,8 @@ FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, c
 FN void warp_slices(VmSlot *slots, const Pool *pool) {
     const u64 frames = pool->base_ptr, texts = pool->text_ptr, traces = pool->trace_ptr;
     u32 lane = warp_lane();
-    forget_origin(lane);
-    const u32 member = lane % VM_LANES;
+    lane = warp_shuffle(lane, lane); // so that the compiler keeps it, and does not ask for it each time
+    const u32 member = lane % VM_LANES, own_bit = 1u << member;
     VmSlot *own = slots + lane / VM_LANES;
     const SlotPlace slot = slot_place(own);
     u32 pc = 0, left = 0, mode = 0, next = 1;
@@ -465,7 +466,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 leave = group_shuffle(leave, 0), trace = group_shuffle(trace, 0);
                 if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
             }
-            const TraceLane t = ((const TraceLane *)(uintptr_t)traces)[(u64)trace * VM_LANES + member];
+            const TraceLane t = load_lane(traces + ((u64)trace * VM_LANES + member) * (u32)sizeof(TraceLane));
             u32 op = t.op, more = t.more;
             slot_write_if(member == 0, slot, PAGE_SLOT, page);
             warp_sync();
@@ -514,8 +515,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 if (simple) value = result;
                 if (round >> MARK_BRANCH & 1) {
                     leaving |= group_ballot((work >> MARK_BRANCH & 1) & lane_leaves(op, a, b));
-                    if (!(up_to_first(leaving) >> member & 1)) ahead = 0;
-                    round = (round & ~ROUND_AHEAD) | warp_or(ahead & ROUND_AHEAD);
+                    if (!(up_to_first(leaving) & own_bit)) ahead = 0;
                 }
                 if (round & (1u << MARK_LOAD | 1u << MARK_STORE)) {
                     u32 va = a + t.imm;
@@ -525,7 +525,8 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                     u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
                     bool mine = work & (1u << MARK_LOAD | 1u << MARK_STORE);
                     bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
-                    u32 missing = group_ballot(mine & !ok) & lanes_before(leaving);
+                    bool counts = lanes_before(leaving) & own_bit;
+                    u32 missing = group_ballot(mine & !ok & counts);
                     if (UNLIKELY(VM_LANES == 32 ? missing : warp_ballot(missing))) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
@@ -539,11 +540,11 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                             stopped |= missing, leaving |= missing;
                             if (!(undecided & lanes_before(missing))) {
                                 where = miss_va, which = miss_store;
-                                if (missing >> member & 1)
+                                if (missing & own_bit)
                                     here = (here & ~3u) | (va & alignment(op >> 3 & 3) ? END_STEP : END_FILL);
                             }
                         }
-                        if (!(up_to_first(leaving) >> member & 1)) ahead = 0;
+                        if (!(up_to_first(leaving) & own_bit)) ahead = 0;
                     }
                     ok &= mine;
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
@@ -554,7 +555,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                     if (loads) value = word;
                     if (round >> MARK_STORE & 1) {
                         warp_sync();
-                        bool happens = ok & stores & (lanes_before(leaving) >> member & 1);
+                        bool happens = ok & stores & (bool)(lanes_before(leaving) & own_bit);
                         store_if(happens, host, op >> 3 & 3, b);
                         warp_sync();
                     }
@@ -563,7 +564,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             } while (round & ROUND_AHEAD);
             // Where it goes on, and which lanes count.
             u32 kind = op & 7, target = lane_page + t.imm;
-            bool stops = stopped >> member & 1, turns = (leaving & ~stopped) >> member & 1; // a branch
+            bool stops = stopped & own_bit, turns = leaving & ~stopped & own_bit; // a branch
             if (kind == T_JALR) {
                 target = ((a + t.imm) & ~1u) | END_BEHIND;
                 if (target & 2) here = (here & ~3u) | END_STEP;
@@ -577,30 +578,31 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 behind = !stops, here &= ~3u;
             }
             if (!behind) target = here;
-            if (!leads || stops || (!behind && kind != T_EXIT)) follows = 0;
+            if (!leads || stops || (!behind && kind != T_EXIT) || follows == BUSY) follows = 0;
+            tick += LEARN_STEP;
+            bool looks = tick < LEARN_STEP;
             leaving |= group_ballot((kind >= T_JUMP) | ends);
             leaving &= ~leaving + 1;
             u32 counted = leaving - 1;
             if (VM_LANES == 32) {
-                target = warp_or(leaving >> member & 1 ? target : 0);
-                next = warp_or(leaving >> member & 1 ? follows : 0);
+                target = warp_or(leaving & own_bit ? target : 0);
+                next = warp_or((leaving & own_bit ? follows : 0) | (looks ? LOOKS : 0));
+                looks = next & LOOKS, next &= ~LOOKS; // as it was, but uniform
             } else {
                 target = group_shuffle(target, first_of(leaving));
                 next = group_shuffle(follows, first_of(leaving));
             }
-            if (next == BUSY) next = 0;
             if ((target & 3) == END_BEHIND) counted |= leaving;
             warp_sync(); // all have read their operands
-            slot_write_if((counted >> member & 1) & !(counted >> (more >> 22 & 31) & 1), slot,
+            slot_write_if((bool)(counted & own_bit) & !(counted & 1u << (more >> 22 & 31)), slot,
                           more >> 17 & 31, value);
             left -= count_of(counted);
             // Now and then: was that the way that was to be expected?
-            tick += LEARN_STEP;
-            if (UNLIKELY(tick < LEARN_STEP)) {
+            if (UNLIKELY(looks)) {
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
                 bool branch = (kind == T_BRANCH) & turns & !last_lane;
                 bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES) & !last_lane;
-                u32 lesson = group_ballot(((leaving & ~stopped) >> member & 1) & (branch | page_left));
+                u32 lesson = group_ballot((bool)(leaving & ~stopped & own_bit) & (branch | page_left));
                 if (VM_LANES == 32 ? lesson : warp_ballot(lesson)) {
                     u32 what = page_left ? LEARN_PAGE : (t.imm & ~3u) - 4 != (here & (FRAME_BYTES - 4));
                     u32 place = (more & 0xffff) * TEXT_WORDS + here / 4 % TEXT_WORDS;

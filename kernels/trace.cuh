@@ -98,6 +98,19 @@ struct alignas(16) TraceLane {
 };
 #define OPERAND_MADE 64u
 
+FN TraceLane load_lane(u64 address) {
+    TraceLane t;
+#if MACHINE_GPU
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(t.op), "=r"(t.imm), "=r"(t.at), "=r"(t.more)
+                 : "l"(address)
+                 : "memory");
+#else
+    t = *(const TraceLane *)(uintptr_t)address;
+#endif
+    return t;
+}
+
 // Decoded code of one page.
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said

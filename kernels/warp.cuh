@@ -77,8 +77,6 @@ FN u32 bit_or_none(u32 by) {
     asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(by));
     return bit;
 }
-// A value that the compiler takes for another one each time: it does not keep what it could find out from it.
-FN void forget_origin(u32 &value) { asm volatile("" : "+r"(value)); }
 // A slot by its address in shared memory, which a register holds.
 typedef u32 SlotPlace;
 FN SlotPlace slot_place(VmSlot *slot) { return (u32)__cvta_generic_to_shared(slot); }
@@ -165,7 +163,6 @@ FN void publish_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 FN void back_off() {}
 template <u32 BYTE> FN u32 byte_sign(u32 bits) { return bits >> (8 * BYTE + 7) & 1 ? ~0u : 0; }
 FN u32 bit_or_none(u32 by) { return by < 32 ? 1u << by : 0; }
-FN void forget_origin(u32 &) {}
 typedef VmSlot *SlotPlace;
 FN SlotPlace slot_place(VmSlot *slot) { return slot; }
 FN DataEntry cached_data(SlotPlace slot, u32 va) { return slot->data[va / FRAME_BYTES % DATA_ENTRIES]; }
