@@ -30,21 +30,34 @@ FN void forget_data_of(VmSlot *slot, u32 frame) {
     for (u32 i = warp_lane(); i < DATA_ENTRIES; i += 32)
         if (slot->data[i].frame == frame) slot->data[i].tag = 0;
 }
+// The translations of a page that is part of no large one; lane 0.
+FN void forget_page(VmSlot *slot, u32 va) {
+    DataEntry &data = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    FetchEntry &fetch = slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES];
+    if (PAGE_OF(data.tag) == PAGE_OF(va)) data.tag = 0;
+    if (PAGE_OF(fetch.tag) == PAGE_OF(va)) fetch.tag = 0;
+    slot->held_va = HELD_NONE;
+}
 // Forgets what the events of lane 0 say; what is left of them. All lanes.
 FN u32 forget(VmSlot *slot, const Machine &m) {
     u32 events = warp_shuffle(m.events, 0);
     if (!(events & (EV_FLUSH | EV_FLUSH_PAGE | EV_FLUSH_FRAME))) return events;
+    u32 lane = warp_lane();
+    if (lane == 0) slot->held_va = HELD_NONE;
     if (events & EV_FLUSH) {
         forget_all(slot);
     } else {
-        u32 lane = warp_lane();
         if (events & EV_FLUSH_PAGE) {
-            // Of a large page any part may be at hand: then all that is in its 4 MiB.
-            u32 va = warp_shuffle(m.flush_va, 0), low = slot->large & large_mark(va) ? 22 : 12;
-            for (u32 i = lane; i < DATA_ENTRIES; i += 32)
-                if (slot->data[i].tag >> low == va >> low) slot->data[i].tag = 0;
-            for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
-                if (slot->fetch[i].tag >> low == va >> low) slot->fetch[i].tag = 0;
+            u32 va = warp_shuffle(m.flush_va, 0);
+            if (slot->large & large_mark(va)) { // any part may be at hand: all that is in its 4 MiB
+                for (u32 i = lane; i < DATA_ENTRIES; i += 32)
+                    if (slot->data[i].tag >> 22 == va >> 22) slot->data[i].tag = 0;
+                for (u32 i = lane; i < FETCH_ENTRIES; i += 32)
+                    if (slot->fetch[i].tag >> 22 == va >> 22) slot->fetch[i].tag = 0;
+            } else if (lane == 0) {
+                forget_page(slot, va);
+            }
+            warp_sync();
         }
         if (events & EV_FLUSH_FRAME) {
             forget_data_of(slot, warp_shuffle(m.flush_frame, 0));
@@ -227,8 +240,23 @@ enum Leave : u32 {
     LEAVE_LEARN
 };
 
+// LR of a word at hand: notes its physical address. False: leave it to warp_step.
+FN bool warp_hold(VmSlot *slot, u32 va) {
+    Machine m = machine_at(slot);
+    u32 pa = 0, cause = 0;
+    if (warp_lane() == 0) {
+        Walk walk = translate(m, va, ACCESS_LOAD);
+        pa = (u32)walk.pa, cause = walk.cause;
+    }
+    forget(slot, m);
+    if (warp_shuffle(cause, 0)) return false;
+    if (warp_lane() == 0) m.vm->hart.reservation = slot->held_pa = pa, slot->held_va = va;
+    return true;
+}
+
 // The commonest of the instructions that are not for lanes, by all lanes alike and with little to look up:
-// AMOs on pages at hand, and CSRs that are words of the hart. Not done: leave it to warp_step.
+// AMOs, LR and SC on pages at hand, SFENCE.VMA of a page, the time, and CSRs that are words of the hart. Not
+// done: leave it to warp_step.
 FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
     Vm *vm = slot->vm;
     Hart &h = vm->hart;
@@ -241,6 +269,32 @@ FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
         value = load_word(host);
         warp_sync();
         if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, value, b);
+    } else if (u.op == OP_LR || u.op == OP_SC) {
+        DataEntry entry = cached_data(slot_place(slot), a);
+        u32 differs = entry.tag ^ (PAGE_OF(a) | mode);
+        if (a & 3 || differs & ~TAG_WRITABLE) return false;
+        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        if (u.op == OP_LR) {
+            if (!warp_hold(slot, a)) return false;
+            value = load_word(host);
+        } else {
+            // Another address may be the same word: leave that to who looks it up.
+            if (!differs || read_through(&slot->held_va) != a) return false;
+            value = read_through(&h.reservation) != read_through(&slot->held_pa);
+            warp_sync();
+            if (warp_lane() == 0) {
+                if (!value) *(u32 *)(uintptr_t)host = b;
+                h.reservation = NO_RESERVATION;
+            }
+        }
+    } else if (u.op == OP_SYSTEM) {
+        bool page_fence = insn >> 25 == 9 && (insn >> 15 & 31); // SFENCE.VMA of an address
+        if (!page_fence || mode == MODE_U_KEY || slot->large & large_mark(a)) return false;
+        if (warp_lane() == 0) forget_page(slot, a);
+    } else if (u.op == OP_CSR && (insn >> 20 & ~0x80u) == CSR_TIME && !csr_writes(insn)) {
+        if (mode == MODE_U_KEY && !(h.scounteren >> (CSR_TIME & 31) & 1)) return false;
+        u64 ticks = guest_ticks(h);
+        value = (u32)(insn >> 20 & 0x80 ? ticks >> 32 : ticks);
     } else {
         u32 number = insn >> 20;
         bool traps = number >= CSR_SSCRATCH && number <= CSR_STVAL; // what a trap leaves in the hart
@@ -272,8 +326,8 @@ struct LaneState {
 
 // In `which`: not a branch, but a page that was not at hand when the trace was made.
 #define LEARN_PAGE 2u
-// Every seventh trace is looked at.
-#define LEARN_STEP 0x2545F491u
+// Every fourteenth trace is looked at.
+#define LEARN_STEP 0x12A2FA49u
 #define LOOKS 0x80000000u // beside a trace's number
 
 // A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
@@ -404,7 +458,7 @@ FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, c
                   SliceResult *result) {
     slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
     slot->result = result;
-    slot->x[0] = slot->x[PAGE_SLOT] = 0;
+    slot->x[0] = slot->x[PAGE_SLOT] = 0, slot->held_va = HELD_NONE;
     if (!vm) return;
     u64 most = 1ull << 31, budget = request->budget;
     slot->before = slot->limit = vm->hart.steps;
@@ -508,11 +562,11 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
                 u32 result =
                     ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
                 bool simple = (op & 0x0f000007) == T_ALU;
+                if (simple) value = result;
                 if (round >> MARK_OTHER & 1) {
                     u32 other = lane_other(op >> 24 & 15, a, operand); // 0 of the lanes without one
                     if (work >> MARK_OTHER & 1) value = other;
                 }
-                if (simple) value = result;
                 if (round >> MARK_BRANCH & 1) {
                     leaving |= group_ballot((work >> MARK_BRANCH & 1) & lane_leaves(op, a, b));
                     if (!(up_to_first(leaving) & own_bit)) ahead = 0;

@@ -30,13 +30,15 @@ struct alignas(8) DataEntry {
 struct alignas(8) FetchEntry {
     u32 tag, text;
 };
+#define HELD_NONE 1u // LR and SC are for words
 // A VM while its slice runs, in shared memory.
 #define SAVED_WORDS (DATA_ENTRIES + FETCH_ENTRIES + 1) // of 8 bytes
 struct alignas(8) VmSlot {
     DataEntry data[DATA_ENTRIES]; // first, and these together: they are saved as words of 8 bytes
     FetchEntry fetch[FETCH_ENTRIES];
-    u32 x[35]; // x0 to x31 and the address of the page
-    u32 large; // 4 MiB that have large pages here, see large_mark
+    u32 x[33];            // x0 to x31 and the address of the page
+    u32 held_va, held_pa; // of the last LR, or HELD_NONE
+    u32 large;            // 4 MiB that have large pages here, see large_mark
     Vm *vm;
     Pool *pool;
     Mailbox *mail;

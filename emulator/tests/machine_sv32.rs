@@ -389,6 +389,59 @@ fn remapping_after_a_fence() {
     }
 }
 
+/// A reservation is of a physical address: it lasts while the word has another virtual one, and not at the same virtual
+/// address when that leads elsewhere. Once all at hand, engines take shortcuts.
+#[test]
+fn reservations_follow_the_physical_address() {
+    let (va, alias, first, second) = (0x4000_5a00, 0x4000_6a00, FRAME, FRAME + 0x1000);
+    let leaf = |va: u32| LEAVES + 4 * (va >> 12 & 0x3ff);
+    // x5 and x6 the two addresses, x7 the entry of the first, x8 what is to be in it, x9 what is stored
+    let held = [lr(10, 5), sc(11, 5, 9)];
+    let by_alias = [lr(10, 5), sc(11, 6, 9)];
+    let remapped = [lr(10, 5), sw(8, 7, 0), sfence_vma(5, 0), sc(11, 5, 9)];
+    let remapped_and_used = [lr(10, 5), sw(8, 7, 0), sfence_vma(5, 0), lw(12, 5, 0), sc(11, 5, 9)];
+    let twice = [lr(10, 5), sc(12, 5, 9), sc(11, 5, 9)];
+    let programs: [(&[u32], u32); 5] =
+        [(&held, 0), (&by_alias, 0), (&remapped, 1), (&remapped_and_used, 1), (&twice, 1)];
+    for (program, fails) in programs {
+        for budget in [1, 2, 1000] {
+            let mut b = paged();
+            b.write32(ROOT + 4 * (va >> 22), pte(LEAVES, V));
+            b.write32(ROOT, pte(0, RWX)); // the page tables, where they are
+            for round in 0..3u32 {
+                for page in [va, alias] {
+                    b.write32(leaf(page), pte(first, RWX));
+                }
+                b.write32(first + 0xa00, 5);
+                b.write32(second + 0xa00, 6);
+                // all pages at hand, and private
+                let warm = [sfence_vma(0, 0), lw(13, 5, 0), sw(13, 5, 0), lw(13, 6, 0), sw(13, 6, 0)];
+                let code: Vec<u32> = warm.iter().chain(program).copied().collect();
+                b.write(CODE, &bytes(&code));
+                let h = b.hart();
+                (h.pc, h.mode) = (CODE_VA, MODE_S);
+                (h.x[5], h.x[6], h.x[7]) = (va, alias, leaf(va));
+                (h.x[8], h.x[9], h.x[11]) = (pte(second, RWX), 77, 99);
+                let end = h.steps + code.len() as u64;
+                while b.hart().steps < end {
+                    let left = end - b.hart().steps;
+                    b.step(left.min(budget));
+                }
+                let what = (program.len(), budget, round);
+                assert_eq!((b.x(10), b.x(11)), (5, fails), "{what:?}");
+                let stored = if program == twice {
+                    77
+                } else if fails == 0 {
+                    77
+                } else {
+                    5
+                };
+                assert_eq!((b.read32(first + 0xa00), b.read32(second + 0xa00)), (stored, 6), "{what:?}");
+            }
+        }
+    }
+}
+
 /// One fence for an address of a 4 MiB page is good for all of that page.
 #[test]
 fn remapping_a_large_page() {
