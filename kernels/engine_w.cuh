@@ -326,8 +326,6 @@ struct LaneState {
 
 // In `which`: not a branch, but a page that was not at hand when the trace was made.
 #define LEARN_PAGE 2u
-// Every fourteenth trace is looked at.
-#define LEARN_STEP 0x12A2FA49u
 #define LOOKS 0x80000000u // beside a trace's number
 
 // A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
@@ -466,7 +464,8 @@ FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, c
 }
 
 // Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
-FN void warp_slices(VmSlot *slots, const Pool *pool) {
+// Of 2^32 traces `lessons` are looked at for what can be learned.
+FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
     const u64 frames = pool->base_ptr, texts = pool->text_ptr, traces = pool->trace_ptr;
     u32 lane = warp_lane();
     lane = warp_shuffle(lane, lane); // so that the compiler keeps it, and does not ask for it each time
@@ -633,8 +632,8 @@ FN void warp_slices(VmSlot *slots, const Pool *pool) {
             }
             if (!behind) target = here;
             if (!leads || stops || (!behind && kind != T_EXIT) || follows == BUSY) follows = 0;
-            tick += LEARN_STEP;
-            bool looks = tick < LEARN_STEP;
+            tick += lessons;
+            bool looks = tick < lessons;
             leaving |= group_ballot((kind >= T_JUMP) | ends);
             leaving &= ~leaving + 1;
             u32 counted = leaving - 1;

@@ -24,7 +24,7 @@ extern "C" __global__ void machine_setup(Vm *vms, u32 *tables, const u32 *initia
 
 // Runs one slice for each entry of the list, VMS_PER_WARP of them in each warp.
 extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, const GpuSlice *list, u32 count,
-                                         SliceResult *results) {
+                                         SliceResult *results, u32 lessons) {
     u32 first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * VMS_PER_WARP, lane = warp_lane();
     if (first >= count) return;
     VmSlot *slots = warp_slots();
@@ -35,7 +35,7 @@ extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, con
                   &results[i]);
     }
     warp_sync();
-    warp_slices(slots, pool);
+    warp_slices(slots, pool, lessons);
 }
 
 // Gives the VM's own frames back and restores its frame table. The VM is in no launch; the host then writes

@@ -67,6 +67,10 @@ pub const TRACES_PER_VM: u32 = 1 << 16;
 /// The first text and the first trace that are made. Number 0 is for lanes that have none: they read it for nothing, and
 /// a cache beside them goes on saying what it said then.
 pub const CODE_FIRST: u32 = 1;
+/// Of 2^32 traces so many are looked at for what can be learned from them: one of 7.
+pub const LESSONS_OFTEN: u32 = 0x2545_f491;
+/// The same for decoded code that has been learned from in an earlier start: one of 56. A lesson costs a trace.
+pub const LESSONS_SELDOM: u32 = 0x0492_4925;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
 pub const VM_SLOT_BYTES: u32 = 216;
 

@@ -96,7 +96,7 @@ pub struct MachineArgs {
         value_parser = clap::value_parser!(u32).range(1..=16))]
     pub gpu_queues: Option<u32>,
 
-    /// How long a launch is to take [default: by the fleet's size].
+    /// How long a launch is to take; one of VMs that boot takes twice as long [default: by the fleet's size].
     #[arg(long, value_name = "MS", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=500))]
     pub gpu_slice: Option<u32>,

@@ -429,13 +429,7 @@ fn reservations_follow_the_physical_address() {
                 }
                 let what = (program.len(), budget, round);
                 assert_eq!((b.x(10), b.x(11)), (5, fails), "{what:?}");
-                let stored = if program == twice {
-                    77
-                } else if fails == 0 {
-                    77
-                } else {
-                    5
-                };
+                let stored = if fails == 0 || program == twice { 77 } else { 5 };
                 assert_eq!((b.read32(first + 0xa00), b.read32(second + 0xa00)), (stored, 6), "{what:?}");
             }
         }

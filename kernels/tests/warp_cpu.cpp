@@ -79,7 +79,7 @@ const Meeting &meet(u32 what, u64 value) {
 }
 
 void lane_main() {
-    warp_slices(warp->slots, warp->slots->pool);
+    warp_slices(warp->slots, warp->slots->pool, LESSONS_OFTEN);
     warp->finished++;
     go_to(warp->lane + 1); // after the last lane: back to the caller
     abort();

@@ -292,7 +292,7 @@ pub struct TuningArgs {
     #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_queues: Option<u32>,
 
-    /// How long a launch is to take [default: by the fleet's size].
+    /// How long a launch is to take; one of VMs that boot takes twice as long [default: by the fleet's size].
     #[arg(long, value_name = "MS", help_heading = "GPU tuning")]
     pub gpu_slice: Option<u32>,
 

@@ -24,6 +24,8 @@ const RESETS: usize = 32;
 /// So many reboots without READY in between are a failure.
 const FUTILE_BOOTS: u32 = 3;
 
+/// Slices of VMs that boot, most of them, are so much longer.
+const BOOTING: u64 = 2;
 /// Slices of VMs among which some were just woken are so much shorter, on engines that run many at once: 1 ms, not 8.
 const SERVING: u64 = 8;
 /// The same where what VMs send is seen before their slices end: long enough for a short answer.
@@ -73,7 +75,7 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
             continue;
         }
         let now = Instant::now();
-        let advice = engine.budget().map(|budget| budget / share(&turns));
+        let advice = engine.budget().map(|usual| fit(usual, &turns));
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let prepared = Instant::now();
         let ran = match are_watched(&turns) {
@@ -119,13 +121,16 @@ fn are_watched(turns: &[Turn]) -> bool {
     turns.len() <= WATCHED && serve(turns)
 }
 
-/// What part of an engine's usual slice the turns get. An answer is on its way through several slices of its VM, and each
-/// ends with the slices beside it; but the host needs time for each turn, too.
-fn share(turns: &[Turn]) -> u64 {
+/// Instructions for each of the turns where an engine's slice usually has so many. An answer is on its way through several
+/// slices of its VM, and each ends with the slices beside it; but the host needs time for each turn, too. Nobody waits for
+/// those that boot, and the longer a launch, the less of it is lost where its VMs end apart.
+fn fit(usual: u64, turns: &[Turn]) -> u64 {
+    let boots = turns.iter().filter(|turn| turn.class == Class::Boot).count();
     match serve(turns) {
-        true if are_watched(turns) => SERVING_WATCHED,
-        true => (SHORT_TURNS / turns.len().max(1) as u64).clamp(1, SERVING),
-        false => 1,
+        true if are_watched(turns) => usual / SERVING_WATCHED,
+        true => usual / (SHORT_TURNS / turns.len().max(1) as u64).clamp(1, SERVING),
+        false if boots * 2 > turns.len() => usual * BOOTING,
+        false => usual,
     }
 }
 
@@ -390,9 +395,14 @@ mod tests {
     #[test]
     fn slices_are_short_while_a_fleet_serves() {
         let turns = |class, count: usize| vec![Turn { vm: 0, class, reset: false }; count];
-        assert_eq!([Class::Boot, Class::Bulk, Class::Fresh].map(|class| share(&turns(class, 9))), [1, 1, 3]);
+        let fit = |turns: &[Turn]| fit(2400, turns);
+        let few = [Class::Boot, Class::Bulk, Class::Fresh].map(|class| fit(&turns(class, 9)));
+        assert_eq!(few, [4800, 2400, 800]);
         let both = |more| [turns(Class::Fresh, 1), turns(more, 511)].concat();
-        assert_eq!([Class::Boot, Class::Bulk].map(|more| share(&both(more))), [1, 8]);
-        assert_eq!([1024, 2048, 4096, 9999].map(|count| share(&turns(Class::Fresh, count))), [4, 2, 1, 1]);
+        assert_eq!([Class::Boot, Class::Bulk].map(|more| fit(&both(more))), [4800, 300]);
+        let some_boot = [turns(Class::Boot, 9), turns(Class::Bulk, 9), turns(Class::Fresh, 9)].concat();
+        assert_eq!(fit(&some_boot), 2400);
+        let fresh = [1024, 2048, 4096, 9999].map(|count| fit(&turns(Class::Fresh, count)));
+        assert_eq!(fresh, [600, 1200, 2400, 2400]);
     }
 }

@@ -13,7 +13,10 @@ use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinn
 use super::error::Error;
 use super::kept::{self, Decoded, Format, Loaded};
 use super::plan::{Demand, DoesNotFit, Plan};
-use crate::abi::{CODE_FIRST, FRAME_BYTES, FRAME_MASK, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
+use crate::abi::{
+    CODE_FIRST, FRAME_BYTES, FRAME_MASK, LESSONS_OFTEN, LESSONS_SELDOM, Mailbox, Pool, SliceResult,
+    TEXT_BYTES, Vm,
+};
 use crate::backend::nvrtc::Compiler;
 use crate::backend::start::{self, Identity};
 use crate::memory::SharedFrames;
@@ -71,6 +74,8 @@ pub(super) struct Device {
     pub code: Code,
     /// Decoded code of an earlier start.
     pub loaded: Loaded,
+    /// How often traces are learned from: [`LESSONS_OFTEN`] or [`LESSONS_SELDOM`].
+    pub lessons: AtomicU32,
     /// Where decoded code is kept, if it is.
     kept: Option<PathBuf>,
     /// Texts in that file; held while it is written.
@@ -211,6 +216,7 @@ impl Device {
             registers,
             resources,
             code,
+            lessons: AtomicU32::new(if loaded.counts.is_some() { LESSONS_SELDOM } else { LESSONS_OFTEN }),
             kept_texts: Mutex::new(loaded.counts.map_or(0, |(texts, _)| texts.into())),
             loaded,
             kept,
@@ -339,6 +345,7 @@ impl Device {
         let mut arguments = [Argument::Address(self.pool.address()), Argument::Word(frames as u32)];
         stream.launch(&self.forget_code, 256, SETUP_THREADS, 0, &mut arguments)?;
         stream.wait()?;
+        self.lessons.store(LESSONS_OFTEN, Relaxed);
         *cleared = Some(Instant::now());
         Ok(())
     }

@@ -74,6 +74,7 @@ impl CudaEngine {
             Argument::Address(self.list.address()),
             Argument::Word(count),
             Argument::Address(self.results.address()),
+            Argument::Word(device.lessons.load(Relaxed)),
         ];
         let warps = device.warps_per_block;
         let blocks = device.kind.warps(count).div_ceil(warps);

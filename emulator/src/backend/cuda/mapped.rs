@@ -11,7 +11,7 @@ use super::cubin;
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Registered, Stream};
 use super::error::Error;
 use super::{Gpus, open_devices};
-use crate::abi::{CODE_FIRST, GpuSlice, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
+use crate::abi::{CODE_FIRST, GpuSlice, LESSONS_OFTEN, Mailbox, Pool, SliceResult, TEXT_BYTES, Vm};
 use crate::backend::cpu::CpuMachines;
 use crate::backend::nvrtc::Compiler;
 use crate::backend::{EngineError, Machines as _, Slice};
@@ -211,6 +211,7 @@ impl MappedMachines {
             Argument::Address(seat.list.address()),
             Argument::Word(list.len() as u32),
             Argument::Address(seat.results.address()),
+            Argument::Word(LESSONS_OFTEN),
         ];
         let blocks = device.kind.warps(list.len() as u32);
         let shared_bytes = device.translations.shared_bytes() * device.kind.vms_per_warp();
