@@ -106,7 +106,7 @@ fn format(plan: &Plan, kind: EngineKind) -> Format {
     let trace_bytes = kind.trace_bytes();
     let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
     let lane_text = kept::LANE_TEXT;
-    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, lane_text }
+    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, room: plan.traces, lane_text }
 }
 
 /// The register budget for so many warps.

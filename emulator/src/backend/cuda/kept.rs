@@ -20,9 +20,10 @@ const MAGIC: [u8; 8] = *b"LoGcode1";
 const SUM_BYTES: usize = 8;
 /// Magic, then sizes of a text and a trace, entries of the table, texts and traces, a word each.
 const HEAD_BYTES: usize = 8 + 5 * 4;
-/// Of a device's traces so many bytes are kept, the first ones: those of a boot. Wherever an interrupt or a slice ends a
-/// trace another begins, so that there is no end to later ones; most of them are never needed again.
-pub(super) const TRACE_BYTES_MOST: u32 = 16 << 20;
+/// Of a device's traces so many bytes are kept, the first ones of those that are in use: those of a boot. Wherever an
+/// interrupt or a slice ends a trace another begins, so that there is no end to later ones; most of them are never needed
+/// again.
+pub(super) const TRACE_BYTES_MOST: u32 = 32 << 20;
 /// Larger files are not written.
 const MOST_BYTES: u64 = 64 << 20;
 /// Files that are left in the folder, the latest used ones.
@@ -50,6 +51,8 @@ pub(super) struct Format {
     pub texts: u32,
     /// Traces that there is room for, or that are kept at most.
     pub traces: u32,
+    /// Traces that there is room for on the device.
+    pub room: u32,
     /// See [`LANE_TEXT`].
     pub lane_text: Option<(usize, u32)>,
 }
@@ -88,7 +91,8 @@ pub(super) struct Decoded {
 
 impl Decoded {
     /// What a device has, which may be making more at this time. `texts` reads the first so many texts, `traces` the first
-    /// so many traces. Each is read after what leads to it, so that all that is found is finished.
+    /// so many traces. Each is read after what leads to it, so that all that is found is finished. Traces that have been
+    /// replaced since are left out, and the others numbered anew.
     pub fn gather<E>(
         format: Format,
         table: &[u32],
@@ -110,23 +114,37 @@ impl Decoded {
         let mut count = 0;
         for (text, slot) in words.chunks_exact_mut(TEXT_WORDS).zip(&slot_of) {
             for entry in &mut text[INDEX] {
-                if *slot == NO_SLOT || *entry == BUSY || *entry > format.traces {
+                if *slot == NO_SLOT || *entry == BUSY || *entry > format.room {
                     *entry = 0;
                 }
                 count = count.max(*entry);
             }
         }
         let traces = traces(count as usize)?;
-        for entry in words.chunks_exact_mut(TEXT_WORDS).flat_map(|text| &mut text[INDEX]) {
-            // A trace may have been made since, of a text that came since.
-            let known = trace_of(&traces, format.trace_bytes, *entry)
-                .is_some_and(|trace| format.names_known_texts(trace, &slot_of));
-            if !known {
-                *entry = 0;
+        let mut entries: Vec<&mut u32> = words
+            .chunks_exact_mut(TEXT_WORDS)
+            .flat_map(|text| &mut text[INDEX])
+            .filter(|entry| **entry != 0)
+            .collect();
+        entries.sort_by_key(|entry| **entry);
+        let mut bytes = Vec::new();
+        let (mut last, mut number) = (0, 0);
+        for entry in entries {
+            if *entry != last {
+                // A trace may have been made since, of a text that came since.
+                let trace = trace_of(&traces, format.trace_bytes, *entry)
+                    .filter(|trace| number < format.traces && format.names_known_texts(trace, &slot_of));
+                let Some(trace) = trace else {
+                    *entry = 0;
+                    continue;
+                };
+                bytes.extend_from_slice(trace);
+                (last, number) = (*entry, number + 1);
             }
+            *entry = number;
         }
         let (trace_bytes, slots) = (format.trace_bytes, format.slots);
-        Ok(Self { trace_bytes, slots, slot_of, words, bytes: traces, traces_at: 0 })
+        Ok(Self { trace_bytes, slots, slot_of, words, bytes, traces_at: 0 })
     }
 
     /// The traces.

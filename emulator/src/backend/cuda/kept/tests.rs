@@ -1,6 +1,6 @@
 use super::*;
 
-const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, lane_text: None };
+const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, room: 50, lane_text: None };
 
 /// A text whose index has these entries, at words of the page that depend on it.
 fn text(fill: u32, entries: &[u32]) -> Vec<u32> {
@@ -36,7 +36,7 @@ fn what_is_written_is_read_again() {
     let file = folder.path().join("a/b");
     assert!(read(&file, FORMAT).decoded.is_none() && read(&file, FORMAT).trouble.is_none());
     let decoded = sample();
-    assert_eq!((decoded.texts(), decoded.trace_count()), (3, 5));
+    assert_eq!((decoded.texts(), decoded.trace_count()), (3, 4));
     assert!(write(&file, &decoded).unwrap());
     assert_eq!(std::fs::metadata(&file).unwrap().len(), decoded.file_bytes());
     let found = read(&file, FORMAT);
@@ -53,12 +53,12 @@ fn what_is_unfinished_is_left_out() {
     // Text 1 is being made: the table does not lead to it yet. Text 2 has a trace that is being made.
     let device = [text(7, &[4, BUSY]), text(8, &[6, 7]), text(9, &[BUSY, 2, 99])];
     let decoded = gather(&[(1, 1), (2, BUSY), (3, 3), (4, 9), (5, u32::MAX - 1)], &device);
-    assert_eq!((decoded.texts(), decoded.trace_count()), (3, 4));
+    assert_eq!((decoded.texts(), decoded.trace_count()), (3, 2));
     assert_eq!(decoded.slot_of, [1, NO_SLOT, 3]);
     let index = |n: usize| {
         decoded.words[n * TEXT_WORDS..][INDEX].iter().copied().filter(|entry| *entry != 0).collect::<Vec<_>>()
     };
-    assert_eq!((index(0), index(1), index(2)), (vec![4], vec![], vec![2]));
+    assert_eq!((index(0), index(1), index(2)), (vec![2], vec![], vec![1]));
     let table = decoded.table();
     assert_eq!((table[1], table[3], table.iter().filter(|entry| **entry != 0).count()), (1, 3, 2));
     assert_eq!(Decoded::decode(decoded.encode(), FORMAT).map(in_memory), Ok(decoded));
@@ -82,7 +82,7 @@ fn traces_lead_to_texts_of_the_table_only() {
     let decoded = Decoded::gather(format, &table, |_| Ok(device), traces).unwrap();
     let entries: Vec<u32> = decoded.words.iter().copied().filter(|word| (1..7).contains(word)).collect();
     // Traces 2 and 3 name text 1, traces 6 and 8 texts 3 and 4, which came later.
-    assert_eq!(entries, [1, 2, 5, 6]);
+    assert_eq!(entries, [1, 2, 3, 4]);
     let bytes = decoded.encode();
     assert_eq!(Decoded::decode(bytes.clone(), format).map(in_memory), Ok(decoded.clone()));
     let first = bytes.len() - decoded.traces().len() + 12;
@@ -93,6 +93,29 @@ fn traces_lead_to_texts_of_the_table_only() {
         bytes[..SUM_BYTES].copy_from_slice(&sum);
         assert_eq!(Decoded::decode(bytes, format).is_ok(), good, "{text:#x}");
     }
+}
+
+/// Of 50 traces those in use are kept, the first 40 of them, each where it was found.
+#[test]
+fn traces_in_use_are_kept_and_numbered_anew() {
+    let used: Vec<u32> = (1..=50).filter(|entry| entry % 8 != 3).rev().collect();
+    let (first, second) = used.split_at(20);
+    let device = [text(60, first), text(70, &[]), text(80, second)];
+    let decoded = gather(&[(3, 1), (31, 2), (0, 3)], &device);
+    let all = trace_bytes(50);
+    let mut kept = Vec::new();
+    for (old, new) in device.concat().iter().zip(&decoded.words).filter(|(old, _)| used.contains(old)) {
+        let bytes = |traces, entry| trace_of(traces, FORMAT.trace_bytes, entry);
+        if *new != 0 {
+            assert_eq!(bytes(decoded.traces(), *new), bytes(&all, *old), "{old} is now {new}");
+            kept.push((*old, *new));
+        }
+    }
+    kept.sort_unstable();
+    let expected: Vec<u32> = used.iter().rev().copied().take(40).collect();
+    assert_eq!(kept, expected.into_iter().zip(1..).collect::<Vec<_>>());
+    assert_eq!(decoded.trace_count(), 40);
+    assert_eq!(Decoded::decode(decoded.encode(), FORMAT).map(in_memory), Ok(decoded));
 }
 
 #[test]
@@ -162,10 +185,10 @@ fn numbers_that_lead_nowhere_are_refused_though_the_sum_is_right() {
         (head + 12, 9, Bad::Foreign),
         (head + 16, 41, Bad::Foreign),
         (head + 12, u32::MAX, Bad::Foreign),
-        (head + 16, 4, Bad::Damaged),
+        (head + 16, 3, Bad::Damaged),
         (slots, 32, Bad::Number),
         (slots + 4, 3, Bad::Number),
-        (index, 6, Bad::Number),
+        (index, 5, Bad::Number),
         (index + 4 * 1023, BUSY, Bad::Number),
         (index + TEXT_BYTES as usize * 2, 1 << 20, Bad::Number),
     ] {
