@@ -117,6 +117,8 @@ pub struct Fake {
     pub slices: AtomicU64,
     /// An engine fails when it is set.
     pub broken: AtomicBool,
+    /// Watched slices end when nothing is left of what their VMs have sent.
+    pub lingers: AtomicBool,
 }
 
 // SAFETY: mailboxes are accessed through `MailboxRef` and `Port`, which use atomics.
@@ -146,6 +148,7 @@ impl Fake {
             workers,
             slices: AtomicU64::new(0),
             broken: AtomicBool::new(false),
+            lingers: AtomicBool::new(false),
         };
         Arc::new(FakeMachines(Arc::new(fake)))
     }
@@ -192,6 +195,27 @@ impl Engine for FakeEngine {
             vm.port.result.exit = (vm.guest)(&mut vm.port, &slice.request);
             results.push(vm.port.result);
             self.0.inside[n].store(false, SeqCst);
+        }
+        Ok(())
+    }
+
+    fn run_watched(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        watch: &dyn Fn(),
+    ) -> Result<(), EngineError> {
+        self.run(slices, results)?;
+        // SAFETY: the mailboxes are freed when the fake is dropped.
+        let sent =
+            |slice: &Slice| unsafe { MailboxRef::new(self.0.mailboxes[slice.vm as usize]) }.has_frames();
+        let began = Instant::now();
+        while self.0.lingers.load(SeqCst)
+            && began.elapsed() < Duration::from_secs(20)
+            && slices.iter().any(sent)
+        {
+            watch();
+            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     }
