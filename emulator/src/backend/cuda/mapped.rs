@@ -244,7 +244,7 @@ fn list(slices: &[Slice], vms: u32) -> Result<Vec<GpuSlice>, String> {
 }
 
 /// Where the translations that a VM keeps say for which epoch they hold, and how many bytes that is. It is the last of
-/// their words (`translations_save` in kernels/engine_w.cuh).
+/// their words (`translations_save` in kernels/translations.cuh).
 fn epoch_word(translations: Translations, vm: u32) -> (u64, u64) {
     let each = u64::from(translations.saved_bytes());
     (u64::from(vm) * each + each - 8, 8)

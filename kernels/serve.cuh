@@ -1,0 +1,339 @@
+// What the lanes of a VM leave their loop for (engine_w.cuh): instructions that are not for lanes, pages that
+// are not at hand, traces that are to be made, interrupts and the ends of a slice. All lanes of the warp take
+// part; whatever is rare runs in lane 0 on the state in memory (step.cuh).
+#pragma once
+#include "step.cuh"
+#include "trace.cuh"
+#include "translations.cuh"
+
+FN Machine machine_at(const VmSlot *slot) {
+    Machine m;
+    m.vm = slot->vm, m.pool = slot->pool, m.mail = slot->mail;
+    m.table = (u32 *)(uintptr_t)m.vm->ram.table_ptr;
+    m.frames = (u8 *)(uintptr_t)m.pool->base_ptr;
+    m.events = 0, m.flush_va = 0, m.flush_frame = 0, m.flush_code = 0;
+    return m;
+}
+
+// Registers, between the lanes' loop and what runs on the state in memory.
+FN void warp_save(VmSlot *slot) {
+    slot->vm->hart.x[warp_lane()] = read_through(&slot->x[warp_lane()]);
+    warp_sync();
+}
+FN void warp_load(VmSlot *slot) {
+    u32 lane = warp_lane();
+    slot->x[lane] = lane == 0 ? 0 : read_through(&slot->vm->hart.x[lane]);
+    warp_sync();
+}
+
+// One instruction through memory, by lane 0.
+SLOW u32 warp_step(VmSlot *slot, u32 insn) {
+    Machine m = machine_at(slot);
+    warp_save(slot);
+    if (warp_lane() == 0) step(m, decode(insn, slot->vm->hart.pc % FRAME_BYTES));
+    warp_sync();
+    warp_load(slot);
+    return forget(slot, m);
+}
+
+// Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has
+// changed.
+SLOW bool warp_own(VmSlot *slot, u32 page, u32 old) {
+    Machine m = machine_at(slot);
+    u32 lane = warp_lane(), frame = NO_FRAME;
+    if (lane == 0) frame = frame_take(m);
+    frame = warp_shuffle(frame, 0);
+    if (frame == NO_FRAME) return false;
+    struct alignas(16) Piece {
+        u64 low, high;
+    };
+    const Piece *from = (const Piece *)frame_at(m, old);
+    Piece *to = (Piece *)frame_at(m, frame), pieces[8];
+    for (u32 i = 0; i < 8; i++) pieces[i] = from[lane + 32 * i];
+    for (u32 i = 0; i < 8; i++) to[lane + 32 * i] = pieces[i];
+    if (lane == 0) {
+        m.table[page] = frame | FRAME_PRIVATE;
+        m.vm->ram.private_frames++;
+        forget_frame(m, old, code_of(m)[old]);
+    }
+    warp_sync();
+    forget(slot, m);
+    return true;
+}
+
+// Translates for a load or store, and notes it in the cache. False: leave it to warp_step.
+SLOW bool warp_fill(VmSlot *slot, u32 va, bool store) {
+    Machine m = machine_at(slot);
+    u32 lane = warp_lane(), page = NO_FRAME, dirty = 0;
+    if (lane == 0) {
+        Walk walk = translate(m, va, store ? ACCESS_STORE : ACCESS_LOAD);
+        if (!walk.cause && !(walk.pa >> 32) && walk.pa / FRAME_BYTES < m.vm->ram.pages)
+            page = (u32)walk.pa / FRAME_BYTES, dirty = store || walk.is_dirty;
+        if (walk.is_leaf_large) slot->large |= large_mark(va);
+    }
+    warp_sync();
+    forget(slot, m); // a page table may have moved
+    page = warp_shuffle(page, 0), dirty = warp_shuffle(dirty, 0);
+    if (page == NO_FRAME) return false;
+    u32 entry = warp_shuffle(read_through(&m.table[page]), 0);
+    if (store && !(entry & FRAME_PRIVATE)) {
+        if (!warp_own(slot, page, entry & FRAME_MASK)) return false;
+        entry = warp_shuffle(read_through(&m.table[page]), 0);
+    }
+    u32 frame = entry & FRAME_MASK;
+    bool direct = dirty && (entry & FRAME_PRIVATE) && !warp_shuffle(read_through(&code_of(m)[frame]), 0);
+    if (store && !direct) return false;
+    DataEntry &entry_there = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    if (lane == 0) {
+        entry_there.tag = PAGE_OF(va) | mode_key(m.vm->hart) | (direct ? TAG_WRITABLE : 0);
+        entry_there.frame = frame;
+    }
+    warp_sync();
+    return true;
+}
+
+// Notes the text of pc. False: there is none, and the events say what has happened: an exception came up, and
+// hart.pc leads on; or there is no room for another text, and one instruction has been executed without.
+struct WarpFetch {
+    u32 found, events;
+};
+SLOW WarpFetch warp_fetch(VmSlot *slot, u32 pc) {
+    Machine m = machine_at(slot);
+    Hart &h = m.vm->hart;
+    u32 frame = NO_FRAME;
+    WarpFetch out;
+    if (warp_lane() == 0) {
+        Walk walk = translate(m, pc, ACCESS_FETCH);
+        if (!walk.cause && ((walk.pa >> 32) || walk.pa / FRAME_BYTES >= m.vm->ram.pages))
+            walk.cause = CAUSE_FETCH_ACCESS;
+        if (walk.cause) {
+            memory_fault(m, walk.cause, pc);
+            h.steps++;
+            m.events |= EV_CHECK;
+        } else {
+            frame = m.table[walk.pa / FRAME_BYTES] & FRAME_MASK;
+            if (walk.is_leaf_large) slot->large |= large_mark(pc);
+        }
+    }
+    warp_sync();
+    out.events = forget(slot, m), out.found = 0;
+    frame = warp_shuffle(frame, 0);
+    if (frame == NO_FRAME) return out;
+    u32 known = warp_shuffle(read_through(&code_of(m)[frame]), 0);
+    u32 text = known ? known - 1 : text_find(m.pool, m.vm, frame);
+    if (text == NO_TEXT) {
+        const u32 *words = (const u32 *)frame_at(m, frame);
+        out.events |= warp_step(slot, words[pc / 4 % TEXT_WORDS]) | EV_CHECK;
+        return out;
+    }
+    if (!known) forget_data_of(slot, frame); // from now on stores to it must not go there directly
+    FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+    warp_sync();
+    if (warp_lane() == 0) entry.tag = PAGE_OF(pc) | mode_key(h), entry.text = text;
+    warp_sync();
+    out.found = 1;
+    return out;
+}
+
+// Why a VM's lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+enum Leave : u32 {
+    LEAVE_NOT,
+    LEAVE_START,
+    LEAVE_LIMIT,
+    LEAVE_FETCH,
+    LEAVE_TRACE,
+    LEAVE_STEP,
+    LEAVE_FILL,
+    LEAVE_LEARN
+};
+
+// LR of a word at hand: notes its physical address. False: leave it to warp_step.
+FN bool warp_hold(VmSlot *slot, u32 va) {
+    Machine m = machine_at(slot);
+    u32 pa = 0, cause = 0;
+    if (warp_lane() == 0) {
+        Walk walk = translate(m, va, ACCESS_LOAD);
+        pa = (u32)walk.pa, cause = walk.cause;
+    }
+    forget(slot, m);
+    if (warp_shuffle(cause, 0)) return false;
+    if (warp_lane() == 0) m.vm->hart.reservation = slot->held_pa = pa, slot->held_va = va;
+    return true;
+}
+
+// The commonest of the instructions that are not for lanes, by all lanes alike and with little to look up:
+// AMOs, LR and SC on pages at hand, SFENCE.VMA of a page, the time, and CSRs that are words of the hart. Not
+// done: leave it to warp_step.
+FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
+    Vm *vm = slot->vm;
+    Hart &h = vm->hart;
+    Uop u = decode(insn, 0);
+    u32 a = read_through(&slot->x[u.rs1]), b = read_through(&slot->x[u.rs2]), value = 0;
+    if (u.op >= OP_AMOSWAP && u.op <= OP_AMOMAXU) {
+        DataEntry entry = cached_data(slot_place(slot), a);
+        if (a & 3 || entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return false;
+        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        value = load_word(host);
+        warp_sync();
+        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, value, b);
+    } else if (u.op == OP_LR || u.op == OP_SC) {
+        DataEntry entry = cached_data(slot_place(slot), a);
+        u32 differs = entry.tag ^ (PAGE_OF(a) | mode);
+        if (a & 3 || differs & ~TAG_WRITABLE) return false;
+        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+        if (u.op == OP_LR) {
+            if (!warp_hold(slot, a)) return false;
+            value = load_word(host);
+        } else {
+            // Another address may be the same word: leave that to who looks it up.
+            if (!differs || read_through(&slot->held_va) != a) return false;
+            value = read_through(&h.reservation) != read_through(&slot->held_pa);
+            warp_sync();
+            if (warp_lane() == 0) {
+                if (!value) *(u32 *)(uintptr_t)host = b;
+                h.reservation = NO_RESERVATION;
+            }
+        }
+    } else if (u.op == OP_SYSTEM) {
+        bool page_fence = insn >> 25 == 9 && (insn >> 15 & 31); // SFENCE.VMA of an address
+        if (!page_fence || mode == MODE_U_KEY || slot->large & large_mark(a)) return false;
+        if (warp_lane() == 0) forget_page(slot, a);
+    } else if (u.op == OP_CSR && (insn >> 20 & ~0x80u) == CSR_TIME && !csr_writes(insn)) {
+        if (mode == MODE_U_KEY && !(h.scounteren >> (CSR_TIME & 31) & 1)) return false;
+        u64 ticks = guest_ticks(h);
+        value = (u32)(insn >> 20 & 0x80 ? ticks >> 32 : ticks);
+    } else {
+        u32 number = insn >> 20;
+        bool traps = number >= CSR_SSCRATCH && number <= CSR_STVAL; // what a trap leaves in the hart
+        if (u.op != OP_CSR || mode == MODE_U_KEY || !(traps || number == CSR_SSTATUS)) return false;
+        u32 *word = csr_word(h, number);
+        value = read_through(word);
+        u32 next = csr_writes(insn) ? csr_kept(number, csr_operand(insn, value, a)) : value;
+        u32 events = csr_events(number, value, next);
+        if (events & ~(EV_CHECK | EV_MODE)) return false;
+        // Interrupts that may come now: are there any?
+        if (events & EV_CHECK && (vm->rtc.armed || pending_interrupts(*vm) & h.sie)) return false;
+        warp_sync(); // all have read it
+        if (warp_lane() == 0) *word = next;
+        warp_sync();
+        mode = mode_key(h);
+    }
+    if (warp_lane() == u.rd) slot->x[u.rd] = value;
+    warp_sync();
+    return true;
+}
+
+// What a VM's lanes leave behind, and what they go on with.
+struct LaneState {
+    u32 leave, pc, left, mode;
+    // LEAVE_FILL: address, and whether it is a store. LEAVE_LEARN: text and word of the branch; which way it
+    // went, or LEARN_PAGE, and four times the trace; where that started.
+    u32 where, which, start;
+};
+
+// In `which`: not a branch, but a page that was not at hand when the trace was made.
+#define LEARN_PAGE 2u
+
+// A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
+// going another way. What changes often is believed more and more seldom.
+SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
+    FetchEntry fetch = slot->fetch[s.start / FRAME_BYTES % FETCH_ENTRIES];
+    FetchEntry there = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
+    bool branch = !(s.which & LEARN_PAGE);
+    bool useful =
+        fetch.tag == (PAGE_OF(s.start) | s.mode) && (branch || there.tag == (PAGE_OF(s.pc) | s.mode));
+    if (warp_lane() == 0 && useful) {
+        u8 *hint = &text_at(slot->pool, s.where / TEXT_WORDS)->hints[s.where % TEXT_WORDS];
+        u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE, way = (s.which & 1) | HINT_KNOWN;
+        bool agrees = branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
+        if (agrees || !(chance & ((1u << 2 * changes) - 1))) {
+            if (!agrees) {
+                if (changes < HINT_CHANGES_MAX) changes++;
+                *hint = (u8)((branch ? way : seen & (HINT_KNOWN | HINT_TAKEN)) | changes * HINT_CHANGE);
+            }
+            u32 *index = &text_at(slot->pool, fetch.text)->index[s.start / 4 % TEXT_WORDS];
+            atomic_compare_swap(index, (s.which >> 2) + 1, 0);
+        }
+    }
+    warp_sync();
+}
+
+SLOW u32 warp_begin(VmSlot *slot) {
+    Machine m = machine_at(slot);
+    translations_load(slot);
+    if (warp_lane() == 0) slice_begin(m, *slot->request);
+    warp_sync();
+    u32 events = forget(slot, m); // packets may have come to pages at hand
+    warp_load(slot);
+    return events & (EV_CHECK | EV_EXIT);
+}
+
+// Interrupts, idling and the next deadline. False: the slice is over.
+SLOW bool warp_turn(VmSlot *slot, u32 events) {
+    Machine m = machine_at(slot);
+    u32 turn = TURN_RUN;
+    if (warp_lane() == 0) {
+        m.events = events & (EV_EXIT | EV_CHECK);
+        turn = take_turn(m, slot->end);
+        if (turn == TURN_RUN) {
+            slot->limit = next_deadline(m, slot->end);
+        } else {
+            slice_end(m, slot->before, *slot->result);
+            const Pool *pool = slot->pool;
+            slot->result->code_full = read_through(&pool->trace_count) >= pool->trace_capacity ||
+                                      read_through(&pool->text_count) >= pool->text_capacity;
+        }
+    }
+    turn = warp_shuffle(turn, 0);
+    if (turn != TURN_RUN) warp_save(slot), translations_save(slot);
+    return turn == TURN_RUN;
+}
+
+// Does what the lanes of one VM have left their loop for; all lanes of the warp. They go on there, or the
+// slice is over (LEAVE_NOT).
+SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
+    Hart &h = slot->vm->hart;
+    u32 lane = warp_lane(), events = 0, insn = 0;
+    warp_sync();
+    u64 limit = slot->limit, steps = limit - s.left;
+    switch (s.leave) {
+    case LEAVE_START: events = warp_begin(slot) | EV_CHECK; break;
+    case LEAVE_LEARN: warp_learn(slot, s, chance); return s;
+    default:
+        if (lane == 0) h.pc = s.pc, h.steps = steps;
+        warp_sync();
+        if (s.leave == LEAVE_LIMIT) break;
+        FetchEntry fetch = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
+        if (s.leave == LEAVE_FETCH || fetch.tag != (PAGE_OF(s.pc) | s.mode)) {
+            WarpFetch found = warp_fetch(slot, s.pc);
+            if (found.found && !found.events) return s;
+            events = found.events;
+            break;
+        }
+        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode) != BUSY) return s;
+        if (s.leave == LEAVE_FILL && warp_fill(slot, s.where, s.which)) return s;
+        insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
+        if (s.leave == LEAVE_STEP && warp_quick(slot, insn, s.mode)) {
+            s.pc += 4, s.left--;
+            if (s.left) return s;
+            if (lane == 0) h.pc = s.pc, h.steps = limit;
+            warp_sync();
+            break;
+        }
+        events = warp_step(slot, insn);
+    }
+    warp_sync();
+    u64 now = *(volatile u64 *)&h.steps;
+    bool turns = now >= limit || (events & (EV_EXIT | EV_CHECK));
+    if (turns || s.leave == LEAVE_START) {
+        if (!warp_turn(slot, events)) {
+            s.leave = LEAVE_NOT, s.left = 0;
+            return s;
+        }
+    }
+    warp_sync();
+    s.left = (u32)(*(volatile u64 *)&slot->limit - now); // slices are far shorter than 2^32
+    s.pc = read_through(&h.pc), s.mode = mode_key(h);
+    warp_sync();
+    return s;
+}
