@@ -10,4 +10,5 @@ pub mod mailbox;
 pub mod memory;
 pub mod net;
 pub mod report;
+mod sync;
 pub mod web;

@@ -14,7 +14,7 @@ use emulator::net::address::{HOST_IP, HOST_MAC, ip_of, mac_of};
 use emulator::net::policy::{Policy, Service, Services};
 use emulator::net::rate;
 use emulator::net::reason::Reason;
-use emulator::net::tap::Direction;
+use emulator::net::record::Direction;
 use emulator::net::user::{Limits, UserBridge};
 use etherparse::{PacketBuilder, PacketHeaders, TcpHeader, TransportHeader};
 use net_support::{FakeLinks, bind_anywhere_with};

@@ -15,11 +15,11 @@ use crate::abi::{
     TIME_REAL,
 };
 use crate::backend::{Engine, EngineError, Machines, MemoryUse, Slice};
-use crate::fleet::lock;
 use crate::mailbox::MailboxRef;
 use crate::memory::map::Mapping;
 use crate::net::checksum;
 use crate::net::packet::{Carries, ETHERNET_LEN, Ethernet, FRAME_MAX, FrameBuf, ICMP, Ipv4, TCP};
+use crate::sync::lock;
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;

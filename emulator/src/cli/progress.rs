@@ -12,7 +12,7 @@ use emulator::net::counters::Counters;
 use emulator::net::ports;
 use emulator::net::probe::{Outcome, Probe, Target};
 use emulator::net::reach::Reach;
-use emulator::net::tap::Direction;
+use emulator::net::record::Direction;
 use emulator::report::{Boot, Http, Report};
 use serde::Serialize;
 

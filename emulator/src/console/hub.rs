@@ -7,8 +7,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::console::scan::{Mark, Scanner};
-use crate::fleet::lock;
 use crate::mailbox::MailboxRef;
+use crate::sync::lock;
 
 /// Input that waits until the guest has taken what is in its mailbox.
 const INPUT_BYTES: usize = 4096;

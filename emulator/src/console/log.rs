@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::fleet::lock;
+use crate::sync::lock;
 
 /// Limits of the logs.
 #[derive(Clone, Copy, Debug)]

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 
-use crate::fleet::{Shared, lock};
+use crate::fleet::Shared;
 use crate::net::{Full, Links};
+use crate::sync::lock;
 
 impl Links for Shared {
     fn vms(&self) -> u32 {

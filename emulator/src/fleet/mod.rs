@@ -11,7 +11,7 @@ use std::sync::atomic::{
     AtomicU32, AtomicU64,
     Ordering::{Relaxed, SeqCst},
 };
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,14 +22,10 @@ use crate::console::log::Logs;
 use crate::fleet::clock::TimeMode;
 use crate::fleet::sched::Scheduler;
 use crate::net::Links;
+use crate::sync::lock;
 
 pub use sched::Activity;
 pub use vm::{Counters, Glance, Life, ReadyAt, Stage, VmStatus};
-
-/// Locks a mutex whose data stays meaningful even if a thread panicked while it held the lock.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Instructions that a VM may run in one slice.
 #[derive(Clone, Copy, Debug)]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
-use crate::fleet::lock;
+use crate::sync::lock;
 
 /// Of so many turns, the last goes to a VM that boots or computes, even if freshly woken ones wait.
 const BULK_SHARE: u32 = 4;

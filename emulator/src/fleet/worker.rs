@@ -12,10 +12,11 @@ use crate::abi::{
 };
 use crate::backend::{Engine, EngineError, Slice};
 use crate::console::scan::Mark;
+use crate::fleet::Shared;
 use crate::fleet::clock::{TimeMode, Wake};
 use crate::fleet::sched::{Class, Turn};
 use crate::fleet::vm::Life;
-use crate::fleet::{Shared, lock};
+use crate::sync::lock;
 
 /// Instructions after which a guest is typed to though it is not ready: somebody may want to know why.
 const LONG_BOOT: u64 = 200_000_000;

@@ -13,8 +13,8 @@ use super::lan::{Lan, Watch};
 use super::packet::{FRAME_MAX, FrameBuf, Ipv4, MTU};
 use super::policy::Policy;
 use super::reason::Reason;
+use super::record::{Direction, Place};
 use super::rewrite::{PacketBuf, Ports, reset_for};
-use super::tap::{Direction, Place};
 
 /// Packets taken from the host, and frames from one VM, before others get their turn.
 const TURN: usize = 64;

@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::reason::Reason;
-use super::tap::Direction;
-use crate::fleet::lock;
+use super::record::Direction;
+use crate::sync::lock;
 
 const REASONS: usize = Reason::ALL.len();
 

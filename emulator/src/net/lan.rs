@@ -16,9 +16,10 @@ use super::packet::{ETHERNET_LEN, FRAME_MAX, FrameBuf, Ipv4, write_ethernet};
 use super::policy::Policy;
 use super::rate::Rates;
 use super::reason::Reason;
+use super::record::{Direction, Place};
 use super::rewrite::frame_to_vm;
 use super::switch::{self, Verdict};
-use super::tap::{Direction, Place, Tap};
+use super::tap::Tap;
 
 /// Frames that may wait for one VM before TCP is asked to hold back.
 pub const TCP_ROOM: usize = 16;

@@ -40,6 +40,7 @@ pub mod probe;
 pub mod rate;
 pub mod reach;
 pub mod reason;
+pub mod record;
 pub mod rewrite;
 pub mod switch;
 pub mod tap;

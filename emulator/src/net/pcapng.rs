@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::address::mac_of;
 use super::packet::FRAME_MAX;
-use super::tap::{Direction, Place, Record};
+use super::record::{Direction, Place, Record};
 
 const SECTION: u32 = 0x0a0d_0d0a;
 const INTERFACE: u32 = 1;

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::tap::Direction;
+use super::record::Direction;
 
 /// What may be sent in a row before the rate counts: so much time's worth.
 const BURST: Duration = Duration::from_millis(250);

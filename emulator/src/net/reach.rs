@@ -166,7 +166,7 @@ impl Door {
         ours.set_nonblocking(true)?;
         theirs.set_nonblocking(true)?;
         let bell = {
-            let mut inside = crate::fleet::lock(&self.inside);
+            let mut inside = crate::sync::lock(&self.inside);
             if inside.closed {
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
@@ -181,24 +181,24 @@ impl Door {
 
     /// Sets what is called when a client comes.
     pub(super) fn set_bell(&self, bell: Bell) {
-        crate::fleet::lock(&self.inside).bell = Some(bell);
+        crate::sync::lock(&self.inside).bell = Some(bell);
     }
 
     /// Takes those that wait, `most` of them at most.
     pub(super) fn take(&self, most: usize) -> Vec<(u32, UnixStream)> {
-        let mut inside = crate::fleet::lock(&self.inside);
+        let mut inside = crate::sync::lock(&self.inside);
         let count = inside.waiting.len().min(most);
         inside.waiting.drain(..count).collect()
     }
 
     /// Whether somebody waits.
     pub(super) fn has_guests(&self) -> bool {
-        !crate::fleet::lock(&self.inside).waiting.is_empty()
+        !crate::sync::lock(&self.inside).waiting.is_empty()
     }
 
     /// Lets nobody in any more.
     pub(super) fn close(&self) {
-        let mut inside = crate::fleet::lock(&self.inside);
+        let mut inside = crate::sync::lock(&self.inside);
         inside.closed = true;
         inside.waiting.clear();
         inside.bell = None;

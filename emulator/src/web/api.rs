@@ -11,22 +11,17 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Hub;
+use super::error::{error, no_such_vm};
 use super::live::last_line;
 use super::pages::PageStatus;
-use super::server::error;
 use super::survey::{Sample, State as VmState};
 use crate::net::address::{ip_of, mac_of};
-use crate::net::tap::Direction;
+use crate::net::record::Direction;
 
 fn answer(value: &impl Serialize) -> Response {
     // Plain numbers, strings and lists always have a JSON form.
     let text = serde_json::to_string(value).unwrap_or_default() + "\n";
     ([(CONTENT_TYPE, "application/json")], text).into_response()
-}
-
-pub(super) fn no_such_vm(hub: &Hub, text: &str) -> Response {
-    let last = hub.facts.vms.saturating_sub(1);
-    error(StatusCode::NOT_FOUND, format_args!("there is no VM {text}: they are numbered from 0 to {last}"))
 }
 
 /// `GET /api/fleet`

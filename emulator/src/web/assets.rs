@@ -6,7 +6,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
-use super::server::error;
+use super::error::error;
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {

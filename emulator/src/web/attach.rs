@@ -16,7 +16,7 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::server::error;
+use super::error::{error, no_such_vm};
 use super::{Hub, Seat};
 use crate::console::hub::{Output, Subscription};
 
@@ -30,7 +30,7 @@ pub fn router(hub: Arc<Hub>) -> Router {
 }
 
 async fn terminal(State(hub): State<Arc<Hub>>, Path(text): Path<String>, request: Request) -> Response {
-    let Some(vm) = hub.vm(&text) else { return super::api::no_such_vm(&hub, &text) };
+    let Some(vm) = hub.vm(&text) else { return no_such_vm(&hub, &text) };
     if request.headers().get(UPGRADE).is_none_or(|what| what != PROTOCOL) {
         return error(StatusCode::UPGRADE_REQUIRED, format_args!("expected Upgrade: {PROTOCOL}"));
     }

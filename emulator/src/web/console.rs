@@ -9,7 +9,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 
-use super::server::error;
+use super::error::error;
 use super::{Hub, Seat};
 use crate::console::hub::Output;
 

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::survey::{ROW_BYTES, Row, Sample};
 use super::{Hub, Seat};
-use crate::fleet::lock;
+use crate::sync::lock;
 
 /// VMs whose lines a page may ask for.
 const WATCHED: usize = 2048;
@@ -26,7 +26,7 @@ const LINE: usize = 160;
 
 pub async fn live(State(hub): State<Arc<Hub>>, upgrade: WebSocketUpgrade) -> Response {
     let Some(seat) = hub.seat() else {
-        return super::server::error(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open");
+        return super::error::error(StatusCode::SERVICE_UNAVAILABLE, "too many pages are open");
     };
     upgrade.max_message_size(64 * 1024).on_upgrade(move |socket| async move {
         let id = hub.clients.fetch_add(1, Relaxed);

@@ -24,6 +24,7 @@ mod assets;
 mod attach;
 pub mod bind;
 mod console;
+mod error;
 pub mod guard;
 mod listener;
 mod live;
@@ -44,9 +45,10 @@ use std::sync::{Arc, Mutex};
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::fleet::{Fleet, lock};
+use crate::fleet::Fleet;
 use crate::net::lan::Watch;
 use crate::net::reach::Reach;
+use crate::sync::lock;
 use pages::Pages;
 use survey::{History, Sample};
 

@@ -10,8 +10,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Hub;
-use crate::fleet::{Fleet, lock};
+use crate::fleet::Fleet;
 use crate::net::reach::{Reach, TaskStream};
+use crate::sync::lock;
 
 const REQUEST: &[u8] = b"GET / HTTP/1.0\r\nHost: 127.0.0.1\r\nUser-Agent: linux-on-gpu-page\r\n\r\n";
 /// Bytes of an answer that are looked at.

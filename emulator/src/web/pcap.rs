@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use hyper::body::Frame;
 use tokio::sync::mpsc;
 
-use super::server::error;
+use super::error::{error, no_such_vm};
 use super::{Hub, Seat};
 use crate::net::tap::PcapStream;
 
@@ -26,7 +26,7 @@ const PIECES: usize = 4;
 pub async fn one(State(hub): State<Arc<Hub>>, Path(text): Path<String>, query: RawQuery) -> Response {
     match hub.vm(&text) {
         Some(vm) => capture(&hub, Some(vm), query),
-        None => super::api::no_such_vm(&hub, &text),
+        None => no_such_vm(&hub, &text),
     }
 }
 

@@ -11,12 +11,13 @@ use axum::Router;
 use axum::http::header::{CACHE_CONTROL, HeaderName};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{any, get, post};
 use tokio::sync::{oneshot, watch};
 
 #[cfg(unix)]
 use super::attach;
+use super::error::error;
 use super::guard::{Gate, guard};
 use super::listener::Limited;
 use super::pages::{self, Limits, Pages};
@@ -189,10 +190,4 @@ fn router(hub: Arc<Hub>) -> Router {
     let guests =
         Router::new().route("/vm/{vm}/", any(proxy::root)).route("/vm/{vm}/{*path}", any(proxy::path));
     ours.merge(guests).with_state(hub)
-}
-
-/// An error of the API.
-pub(super) fn error(status: StatusCode, why: impl std::fmt::Display) -> Response {
-    let body = serde_json::json!({ "error": why.to_string() }).to_string() + "\n";
-    (status, [("content-type", "application/json")], body).into_response()
 }

@@ -10,7 +10,8 @@ use tokio::time::{Duration, MissedTickBehavior, interval_at};
 
 use super::Hub;
 use super::pages::PageState;
-use crate::fleet::{Activity, Glance, Stage, lock};
+use crate::fleet::{Activity, Glance, Stage};
+use crate::sync::lock;
 
 /// How often.
 pub const PERIOD: Duration = Duration::from_secs(1);

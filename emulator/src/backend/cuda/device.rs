@@ -232,7 +232,7 @@ impl Device {
     /// Writes what all VMs share.
     fn fill(&self, config: &Config, shared: &SharedFrames, kept: Option<&Decoded>) -> Result<(), Error> {
         let [base, ring, code_of, texts, text_table, traces, saved] = &self._memory;
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         let mut frames = vec![0u8; shared.count as usize * FRAME_BYTES as usize];
         shared.fill(&config.boot, &mut frames);
         base.write(&stream, self.first_frame, &frames)?;
@@ -288,7 +288,7 @@ impl Device {
         let keys = start::entropy_keys(config.seed, self.range.clone()).map_err(Error::Entropy)?;
         let vms: Vec<Vm> =
             keys.into_iter().zip(0..).map(|(key, index)| self.first_state(config, index, key)).collect();
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         self.vms.write(&stream, 0, &vms)?;
         let count = vms.len() as u32;
         let mut arguments = [
@@ -316,7 +316,7 @@ impl Device {
         let state = self.first_state(config, index, keys[0]);
         let _alone = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.context.make_current()?;
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         let mut arguments = [
             Argument::Address(self.vms.address()),
             Argument::Address(self.pool.address()),
@@ -334,13 +334,13 @@ impl Device {
     /// Clears the decoded code, when a launch found no room for more. Not too often: guests that make ever new code
     /// must not slow down the others.
     pub fn clear_code(&self) -> Result<(), CallError> {
-        let mut cleared = crate::fleet::lock(&self.code_cleared);
+        let mut cleared = crate::sync::lock(&self.code_cleared);
         if cleared.is_some_and(|at| at.elapsed() < CLEAR_AT_MOST_EVERY) {
             return Ok(());
         }
         let _alone = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.context.make_current()?;
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         let frames = self._memory[2].bytes() / 4;
         let mut arguments = [Argument::Address(self.pool.address()), Argument::Word(frames as u32)];
         stream.launch(&self.forget_code, 256, SETUP_THREADS, 0, &mut arguments)?;
@@ -362,7 +362,7 @@ impl Device {
         let trouble = |why: &dyn std::fmt::Display| {
             Some(format!("{}: decoded code can't be kept for the next start: {why}", file.display()))
         };
-        let mut kept_texts = crate::fleet::lock(&self.kept_texts);
+        let mut kept_texts = crate::sync::lock(&self.kept_texts);
         let decoded = match self.decoded(*kept_texts) {
             Ok(Some(decoded)) => decoded,
             Ok(None) => return None,
@@ -418,7 +418,7 @@ impl Device {
     /// The state of a VM that is in no launch.
     pub fn state(&self, index: u32) -> Result<Vm, CallError> {
         self.context.make_current()?;
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         // SAFETY: a `Vm` is integers and arrays of them; the array was filled by `set_up`.
         unsafe {
             let mut vm = [std::mem::zeroed::<Vm>()];
@@ -430,7 +430,7 @@ impl Device {
     /// All RAM of a VM that is in no launch.
     pub fn ram(&self, index: u32) -> Result<Vec<u8>, CallError> {
         self.context.make_current()?;
-        let stream = crate::fleet::lock(&self.control);
+        let stream = crate::sync::lock(&self.control);
         let mut table = vec![0u32; self.pages as usize];
         let mut ram = vec![0u8; self.pages as usize * FRAME_BYTES as usize];
         // SAFETY: plain integers; the tables were filled by `set_up`, and frames that they name by `fill` or a guest.

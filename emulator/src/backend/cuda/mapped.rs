@@ -107,7 +107,7 @@ impl MappedDevice {
             // SAFETY: the regions are the machines' mappings, which outlive `regions` by the caller's promise.
             regions.push(unsafe { Registered::new(&self.context, at.cast::<c_void>(), bytes) }?);
         }
-        let free = crate::fleet::lock(&self.free).pop();
+        let free = crate::sync::lock(&self.free).pop();
         let seat = free.map_or_else(|| Seat::new(&self.context, self.translations), Ok)?;
         seat.table.zero(&seat.stream, 0, seat.table.bytes())?;
         // What lanes read that have none.
@@ -253,7 +253,7 @@ fn epoch_word(translations: Translations, vm: u32) -> (u64, u64) {
 impl Drop for MappedMachines {
     fn drop(&mut self) {
         if let Some(seat) = self.seat.take() {
-            crate::fleet::lock(&self.device.free).push(seat);
+            crate::sync::lock(&self.device.free).push(seat);
         }
     }
 }

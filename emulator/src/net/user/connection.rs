@@ -12,7 +12,7 @@ use crate::net::counters::Counters;
 use crate::net::lan::Lan;
 use crate::net::reach::Stream;
 use crate::net::reason::Reason;
-use crate::net::tap::Direction;
+use crate::net::record::Direction;
 
 /// Between a SYN and its first repetition; doubled up to [`SYN_PAUSE_MAX`]. A VM that has just booted is found soon.
 const SYN_PAUSE_MIN: Duration = Duration::from_millis(250);

@@ -16,8 +16,8 @@ use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, IpEndpoint};
 use crate::net::address::{HOST_IP, PREFIX_LEN, ip_of};
 use crate::net::lan::Lan;
 use crate::net::packet::{FRAME_MAX, FrameBuf, Ipv4, MTU};
+use crate::net::record::Direction;
 use crate::net::rewrite::{PacketBuf, frame_to_vm, only_fin};
-use crate::net::tap::Direction;
 
 /// Ports from here up are used for connections to VMs.
 const FIRST_PORT: u16 = 1024;
