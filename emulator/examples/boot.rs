@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     while start.elapsed().as_secs_f64() < limit {
         results.clear();
         let request = SliceRequest { budget: 1_000_000, now_ticks: 0, time_mode: TIME_VIRTUAL, reserved: 0 };
-        engine.run(&[Slice { vm: 0, request }], &mut results)?;
+        engine.run(&[Slice { vm: 0, request }], &mut results, None)?;
         console.clear();
         machines.mailbox(0).drain_console(&mut console);
         std::io::stdout().write_all(&console)?;
@@ -72,7 +72,7 @@ fn repeat(boot: &Arc<BootMemory>, repeats: u32) -> Result<(), Box<dyn std::error
             results.clear();
             let request =
                 SliceRequest { budget: 500_000, now_ticks: 0, time_mode: TIME_VIRTUAL, reserved: 0 };
-            engine.run(&[Slice { vm: 0, request }], &mut results)?;
+            engine.run(&[Slice { vm: 0, request }], &mut results, None)?;
             machines.mailbox(0).drain_console(&mut console);
         }
         let seconds = start.elapsed().as_secs_f64();

@@ -295,7 +295,7 @@ fn many_threads_share_the_pool() {
                                 time_mode: TIME_VIRTUAL,
                                 reserved: 0,
                             };
-                            engine.run(&[Slice { vm, request }], &mut results).unwrap();
+                            engine.run(&[Slice { vm, request }], &mut results, None).unwrap();
                         }
                         let mut count = 0u32;
                         for page in 0..40 {

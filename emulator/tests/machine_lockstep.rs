@@ -11,7 +11,7 @@ use std::sync::Arc;
 use common::By;
 use emulator::abi::{SliceResult, Vm};
 use emulator::backend::cpu::{Config, CpuMachines};
-use emulator::backend::{Engine, EngineError, Machines, MemoryUse, Slice};
+use emulator::backend::{Engine, EngineError, Machines, MemoryUse, Slice, Watch};
 use emulator::guest::GuestImage;
 use emulator::lockstep::{Inspect, Pair, Side, difference};
 use emulator::mailbox::MailboxRef;
@@ -58,7 +58,12 @@ impl Engine for OtherEngine {
     fn batch(&self) -> usize {
         1
     }
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+    fn run(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        _: Option<Watch<'_>>,
+    ) -> Result<(), EngineError> {
         for slice in slices {
             let mut request = slice.request;
             let mut run = |budget| {

@@ -8,7 +8,7 @@ use std::sync::atomic::{
 
 use super::native::{Native, NativeCode};
 use super::start::{self, Identity};
-use super::{Engine, EngineError, Machines, MemoryUse, Slice};
+use super::{Engine, EngineError, Machines, MemoryUse, Slice, Watch};
 use crate::abi::{
     CODE_PAGE_BYTES, CODE_PAGES_PER_VM, FRAME_BYTES, FRAME_MASK, FRAME_PRIVATE, Mailbox, Pool, SliceRequest,
     SliceResult, Vm,
@@ -378,7 +378,12 @@ impl Engine for CpuEngine {
         1
     }
 
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+    fn run(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        _: Option<Watch<'_>>,
+    ) -> Result<(), EngineError> {
         for slice in slices {
             if slice.vm >= self.inner.config.vms {
                 return Err(EngineError(format!("VM {} of {}", slice.vm, self.inner.config.vms)));

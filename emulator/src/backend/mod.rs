@@ -37,22 +37,20 @@ pub trait Engine: Send {
         None
     }
 
-    /// Runs the slices, each of another VM, and appends one result per slice, in order.
+    /// Runs the slices, each of another VM, and appends one result per slice, in order. An engine whose slices take long calls
+    /// `watch` again and again meanwhile: there may be something in the VMs' mailboxes already.
     ///
     /// No VM may be in two engines at once: the scheduler sees to that.
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError>;
-
-    /// The same for an engine whose slices take long: meanwhile it calls `watch` again and again, for there may be something
-    /// in the VMs' mailboxes already.
-    fn run_watched(
+    fn run(
         &mut self,
         slices: &[Slice],
         results: &mut Vec<SliceResult>,
-        _watch: &dyn Fn(),
-    ) -> Result<(), EngineError> {
-        self.run(slices, results)
-    }
+        watch: Option<Watch<'_>>,
+    ) -> Result<(), EngineError>;
 }
+
+/// Looks after VMs while they run.
+pub type Watch<'a> = &'a dyn Fn();
 
 /// The machine itself failed (a device error, not a guest's doing).
 #[derive(Debug, thiserror::Error)]

@@ -14,7 +14,7 @@ use crate::abi::{
     CONSOLE_OUT_BYTES, ETH_FRAME_BYTES, EXIT_BUDGET, EXIT_DRAIN, EXIT_IDLE, Mailbox, NET_SLOTS, SliceResult,
     TIME_REAL,
 };
-use crate::backend::{Engine, EngineError, Machines, MemoryUse, Slice};
+use crate::backend::{Engine, EngineError, Machines, MemoryUse, Slice, Watch};
 use crate::mailbox::MailboxRef;
 use crate::memory::map::Mapping;
 use crate::net::checksum;
@@ -261,7 +261,12 @@ impl Engine for StubEngine {
         1
     }
 
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+    fn run(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        _: Option<Watch<'_>>,
+    ) -> Result<(), EngineError> {
         for slice in slices {
             results.push(self.shared.run(slice, &mut self.frame, &mut self.answer));
         }

@@ -10,7 +10,7 @@ use crate::abi::{
     ETH_FRAME_BYTES, EXIT_BUDGET, EXIT_DRAIN, EXIT_FAILURE, EXIT_IDLE, EXIT_NO_FRAME, EXIT_REBOOT,
     EXIT_SHUTDOWN, EXIT_STOPPED, SliceRequest, SliceResult,
 };
-use crate::backend::{Engine, EngineError, Slice};
+use crate::backend::{Engine, EngineError, Slice, Watch};
 use crate::console::scan::Mark;
 use crate::fleet::Shared;
 use crate::fleet::clock::{TimeMode, Wake};
@@ -79,10 +79,9 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         let advice = engine.budget().map(|usual| fit(usual, &turns));
         slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
         let prepared = Instant::now();
-        let ran = match are_watched(&turns) {
-            true => engine.run_watched(&slices, &mut results, &|| shared.watch(&turns)),
-            false => engine.run(&slices, &mut results),
-        };
+        let watch = || shared.watch(&turns);
+        let watch = are_watched(&turns).then_some(&watch as Watch<'_>);
+        let ran = engine.run(&slices, &mut results, watch);
         let done = Instant::now();
         if let Err(error) = ran {
             shared.fault(error.to_string());

@@ -134,7 +134,7 @@ impl Side {
             }
             for part in list.chunks(self.engine.batch().max(1)) {
                 results.clear();
-                self.engine.run(part, &mut results)?;
+                self.engine.run(part, &mut results, None)?;
                 for (slice, result) in part.iter().zip(&results) {
                     self.ran(slice.vm, result, until)?;
                 }

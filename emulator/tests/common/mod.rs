@@ -216,7 +216,7 @@ impl Bench {
             let ran = gpu.run(&slices, &changed).unwrap();
             results.extend(vms.iter().zip(ran).map(|(vm, result)| machines.ran(*vm, result)));
         } else {
-            self.engine.run(&slices, &mut results).unwrap();
+            self.engine.run(&slices, &mut results, None).unwrap();
         }
         vms.iter().for_each(|vm| self.kept[*vm as usize].set(Some(self.ground(*vm))));
         results

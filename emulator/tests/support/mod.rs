@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use emulator::abi::*;
-use emulator::backend::{Engine, EngineError, Machines, MemoryUse, Slice};
+use emulator::backend::{Engine, EngineError, Machines, MemoryUse, Slice, Watch};
 use emulator::fleet::clock::TimeMode;
 use emulator::fleet::{Budget, Fleet, FleetConfig, Life};
 use emulator::mailbox::MailboxRef;
@@ -173,7 +173,12 @@ impl Engine for FakeEngine {
         1
     }
 
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
+    fn run(
+        &mut self,
+        slices: &[Slice],
+        results: &mut Vec<SliceResult>,
+        watch: Option<Watch<'_>>,
+    ) -> Result<(), EngineError> {
         if self.0.broken.load(SeqCst) {
             return Err(EngineError("the device is gone".into()));
         }
@@ -196,21 +201,12 @@ impl Engine for FakeEngine {
             results.push(vm.port.result);
             self.0.inside[n].store(false, SeqCst);
         }
-        Ok(())
-    }
-
-    fn run_watched(
-        &mut self,
-        slices: &[Slice],
-        results: &mut Vec<SliceResult>,
-        watch: &dyn Fn(),
-    ) -> Result<(), EngineError> {
-        self.run(slices, results)?;
         // SAFETY: the mailboxes are freed when the fake is dropped.
         let sent =
             |slice: &Slice| unsafe { MailboxRef::new(self.0.mailboxes[slice.vm as usize]) }.has_frames();
         let began = Instant::now();
-        while self.0.lingers.load(SeqCst)
+        while let Some(watch) = watch
+            && self.0.lingers.load(SeqCst)
             && began.elapsed() < Duration::from_secs(20)
             && slices.iter().any(sent)
         {

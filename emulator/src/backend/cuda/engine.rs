@@ -10,7 +10,7 @@ use super::device::Device;
 use super::driver::{Argument, CallError, Pinned, Stream};
 use super::pace::Pace;
 use crate::abi::{GpuSlice, SliceResult};
-use crate::backend::{Engine, EngineError, Slice};
+use crate::backend::{Engine, EngineError, Slice, Watch};
 
 /// How long a launch is waited for without sleeping, and one whose VMs are watched.
 const SPIN: Duration = Duration::from_micros(200);
@@ -84,7 +84,7 @@ impl CudaEngine {
 
     /// Waits without a core of its own: a launch takes milliseconds, and the host has mailboxes to look after. Except when
     /// somebody is to learn at once what the VMs send.
-    fn wait(&self, began: Instant, watch: Option<&dyn Fn()>) -> Result<(), CallError> {
+    fn wait(&self, began: Instant, watch: Option<Watch<'_>>) -> Result<(), CallError> {
         let spin = if watch.is_some() { SPIN_WATCHED } else { SPIN };
         while !self.stream.is_done()? {
             if let Some(watch) = watch {
@@ -138,26 +138,11 @@ impl Engine for CudaEngine {
         Some(self.pace.budget())
     }
 
-    fn run(&mut self, slices: &[Slice], results: &mut Vec<SliceResult>) -> Result<(), EngineError> {
-        self.run_all(slices, results, None)
-    }
-
-    fn run_watched(
+    fn run(
         &mut self,
         slices: &[Slice],
         results: &mut Vec<SliceResult>,
-        watch: &dyn Fn(),
-    ) -> Result<(), EngineError> {
-        self.run_all(slices, results, Some(watch))
-    }
-}
-
-impl CudaEngine {
-    fn run_all(
-        &mut self,
-        slices: &[Slice],
-        results: &mut Vec<SliceResult>,
-        watch: Option<&dyn Fn()>,
+        watch: Option<Watch<'_>>,
     ) -> Result<(), EngineError> {
         if slices.is_empty() {
             return Ok(());
