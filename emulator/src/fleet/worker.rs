@@ -29,12 +29,12 @@ const FUTILE_BOOTS: u32 = 3;
 const BOOTING: u64 = 2;
 /// Slices of VMs among which some were just woken are so much shorter, on engines that run many at once: 1 ms, not 8.
 const SERVING: u64 = 8;
-/// The same where what VMs send is seen before their slices end: long enough for a short answer.
-const SERVING_WATCHED: u64 = 3;
-/// So many VMs are watched while they run.
-const WATCHED: usize = 64;
 /// With as many turns as this they are not, and with half of it half as long.
 const SHORT_TURNS: u64 = 4096;
+/// So few VMs are watched while they run: what they send is seen before their slices end.
+const WATCHED: usize = 64;
+/// Then slices are so much shorter while they serve, which is long enough for a short answer.
+const SERVING_WATCHED: u64 = 3;
 
 /// Buffers that a worker keeps from slice to slice.
 struct Scratch {
