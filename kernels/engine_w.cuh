@@ -23,33 +23,41 @@ FN u32 lane_other(u32 detail, u32 a, u32 b) {
     }
 }
 
-FN u32 alignment(u32 log_size) { return (1u << log_size) - 1; }
-
-// Whether a branch goes the other way than its trace.
-FN bool lane_leaves(u32 op, u32 a, u32 b) {
-    u32 bias = op & BRANCH_SIGNED << 3 ? 0x80000000u : 0;
-    bool less = (a ^ bias) < (b ^ bias), same = a == b, meets = op & BRANCH_LESS << 3 ? less : same;
-    return meets != (bool)(op & BRANCH_INVERT << 3);
+// Whether a branch goes the other way than its trace: less, or same if `less` is 0; masks.
+FN bool lane_leaves(u32 op, u32 a, u32 b, u32 sign, u32 less) {
+    u32 bias = sign & 0x80000000u; // never without `less`
+    u32 one = a ^ (b & ~less) ^ bias, two = ((b ^ bias) & less) | (1 & ~less);
+    return (one < two) != has(op, LANE_INVERTED);
 }
 
-// The lanes up to the first of `leaving`: all that count if the trace is left there.
-FN u32 up_to_first(u32 leaving) { return leaving ^ (leaving - 1); }
+// What a round has to do, as lanes mark it in `work` (trace.cuh) and all of them together in `round`: the
+// byte of a kind has a bit for each level, and is shifted down from round to round. In `rest` bits 6:0 say on
+// which levels there are instructions, and those of loads and stores PART_SHIFT bits higher that some are of
+// less than a word.
+#define ROUND_LOAD (1u << MARK_LOAD)
+#define ROUND_STORE (1u << MARK_STORE)
+#define ROUND_OTHER (1u << MARK_OTHER)
+#define ROUND_BRANCH (1u << MARK_BRANCH)
+#define ROUND_TOP 0x80000000u // before the first round: later ones are counted by it
+#define PART_SHIFT 17u
+#define REST_LEVELS 0x7fu
+#define REST_LOAD_PART (ROUND_LOAD << PART_SHIFT)
+#define REST_STORE_PART (ROUND_STORE << PART_SHIFT)
+static_assert(TRACE_LEVELS <= 7, "a byte has a bit for each level, and one that is shifted down to none");
 
-// What a round has to do, as lanes mark it (trace.cuh), and that it is not the last.
-#define ROUND (1u << MARK_LOAD | 1u << MARK_STORE | 1u << MARK_OTHER | 1u << MARK_BRANCH)
-#define ROUND_AHEAD 2u
-
-// Classes whose target is in the immediate.
-#define LEADS_ON (1u << T_BRANCH | 1u << T_JUMP | 1u << T_EXIT)
-
-#define LOOKS 0x80000000u // beside a trace's number
+FN u32 lane_level(u32 op) { return op >> 3 & 7; }
+FN u32 lane_rest(u32 op, u32 work, u32 either, u32 over) {
+    return (1u << lane_level(op) >> over) + (work & either) * (1u << PART_SHIFT);
+}
+// Rounds that are over.
+FN u32 rounds_over(u32 round) { return 31 - last_of(round); }
 
 // Prepares a slot; `vm` is null if there is no VM for it.
 FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
                   SliceResult *result) {
     slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
     slot->result = result;
-    slot->x[0] = slot->x[PAGE_SLOT] = 0, slot->held_va = HELD_NONE;
+    slot->x[0] = slot->x[PAGE_SLOT] = 0, slot->held_va = HELD_NONE, slot->miss = MISS_NONE;
     if (!vm) return;
     u64 most = 1ull << 31, budget = request->budget;
     slot->before = slot->limit = vm->hart.steps;
@@ -59,209 +67,234 @@ FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, c
 // Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
 // Of 2^32 traces `lessons` are looked at for what can be learned.
 FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
-    const u64 frames = pool->base_ptr, texts = pool->text_ptr, traces = pool->trace_ptr;
+    const u64 frames = pool->base_ptr, index = pool->text_ptr + FRAME_BYTES, traces = pool->trace_ptr;
     u32 lane = warp_lane();
     lane = warp_shuffle(lane, lane); // so that the compiler keeps it, and does not ask for it each time
-    const u32 member = lane % VM_LANES, own_bit = 1u << member;
+    const u32 member = VM_LANES == 32 ? lane : lane % VM_LANES;
     VmSlot *own = slots + lane / VM_LANES;
-    const SlotPlace slot = slot_place(own);
+    const SlotPlace slot = VM_LANES == 32 ? slot_place_of_warp(own) : slot_place(own);
     u32 pc = 0, left = 0, mode = 0, next = 1;
-    u32 tick = slots->vm->number * 0x9E3779B9u; // so that not all learn at the same time
-    u32 leave = own->vm ? LEAVE_START : LEAVE_NOT, where = 0, which = 0, start = 0;
+    u32 leave = own->vm ? LEAVE_START : LEAVE_NOT;
     bool over = !own->vm;
     for (;;) {
         // What the lanes of each VM have left the loop for, one VM after the other.
-        for (u32 waiting = warp_ballot(leave != LEAVE_NOT); waiting;) {
-            u32 first = VM_LANES == 32 ? 0 : first_of(waiting);
-            LaneState s;
-            s.leave = warp_shuffle(leave, first), s.pc = warp_shuffle(pc, first);
-            s.left = warp_shuffle(left, first), s.mode = warp_shuffle(mode, first);
-            s.where = warp_shuffle(where, first), s.which = warp_shuffle(which, first);
-            s.start = warp_shuffle(start, first);
-            u32 number = first / VM_LANES;
-            s = warp_serve(slots + number, s, tick >> 8);
-            if (VM_LANES == 32 || lane / VM_LANES == number) {
-                pc = s.pc, left = s.left, mode = s.mode;
-                over = s.leave == LEAVE_NOT;
-                leave = LEAVE_NOT, next = over ? 1 : 0;
+        u32 chance = (left * 0x85EBCA6Bu + warp_seed()) >> 8;
+        if (VM_LANES == 32) {
+            LaneState s = {leave, pc, left, mode};
+            s = warp_serve(slots, s, chance);
+            warp_together();
+            if (warp_or(s.leave == LEAVE_NOT)) return;
+            // All lanes say the same, and the compiler is to know it.
+            pc = warp_or(s.pc), left = warp_or(s.left), mode = warp_or(s.mode), leave = LEAVE_NOT, next = 0;
+        } else {
+            for (u32 waiting = warp_ballot(leave != LEAVE_NOT); waiting;) {
+                u32 first = first_of(waiting), number = first / VM_LANES;
+                LaneState s;
+                s.leave = warp_shuffle(leave, first), s.pc = warp_shuffle(pc, first);
+                s.left = warp_shuffle(left, first), s.mode = warp_shuffle(mode, first);
+                s = warp_serve(slots + number, s, warp_shuffle(chance, first));
+                if (lane / VM_LANES == number) {
+                    pc = s.pc, left = s.left, mode = s.mode;
+                    over = s.leave == LEAVE_NOT;
+                    leave = LEAVE_NOT, next = over ? 1 : 0;
+                }
+                waiting &= ~(VM_LANES_MASK << number * VM_LANES);
             }
-            waiting = VM_LANES == 32 ? 0 : waiting & ~(VM_LANES_MASK << number * VM_LANES);
-        }
-        if (VM_LANES == 32) { // all lanes say the same, and the compiler is to know it
-            if (warp_or(over)) return;
-            pc = warp_or(pc), left = warp_or(left), tick = warp_or(tick), leave = LEAVE_NOT, next = 0;
-        } else if (warp_ballot(!over) == 0) {
-            return;
+            if (!warp_any(!over)) return;
         }
         for (;;) {
             u32 trace = next - 1, page = PAGE_OF(pc);
             if (next == 0) {
                 FetchEntry fetch = cached_fetch(slot, pc);
-                bool here = fetch.tag == (page | mode);
-                u64 index = texts + (u64)(here ? fetch.text : 0) * TEXT_BYTES + FRAME_BYTES;
-                trace = load_word(index + pc % FRAME_BYTES) - 1;
+                bool known = fetch.tag == (page | mode);
+                trace = load_word(index + (u64)(known ? fetch.text : 0) * TEXT_BYTES + pc % FRAME_BYTES) - 1;
                 // Another warp may just have made it, and lanes could see it before and after.
-                if (trace >= BUSY - 1) leave = LEAVE_TRACE;
-                if (!here) leave = LEAVE_FETCH;
-                if (VM_LANES == 32) {
-                    leave = warp_max(leave);
-                    if (UNLIKELY(leave != LEAVE_NOT)) break;
+                bool lacks = !known | (trace >= BUSY - 1);
+                if (VM_LANES == 32 ? warp_any(lacks) : lacks) {
+                    leave = LEAVE_TRACE;
+                    if (VM_LANES == 32) break;
                 }
             }
             if (VM_LANES < 32) {
                 leave = group_shuffle(leave, 0), trace = group_shuffle(trace, 0);
-                if (UNLIKELY(warp_ballot(leave != LEAVE_NOT))) break;
+                if (UNLIKELY(warp_any(leave != LEAVE_NOT))) break;
             }
-            const TraceLane t = load_lane(traces + ((u64)trace * VM_LANES + member) * (u32)sizeof(TraceLane));
+            const TraceLane t = load_lane(traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane));
             u32 op = t.op, more = t.more;
-            slot_write_if(member == 0, slot, PAGE_SLOT, page);
+            slot_write(slot, PAGE_SLOT * 4, page);
             warp_sync();
-            u32 a = slot_read(slot, op >> 8), b = slot_read(slot, op >> 16);
+            const u32 first = byte_of<1>(op), second = byte_of<2>(op);
+            u32 a = slot_read(slot, first), b = slot_read(slot, second);
             u32 here = page + t.at, lane_page = PAGE_OF(here); // how the trace ends, if it is left here
+            const u32 kind = op & 7;
             // The trace that follows if it is left at this lane, where the lane's page itself says so.
             bool ends = VM_LANES < 32 && (here & 3) == END_BEHIND; // the last lane of all
             u32 onward = ends ? (here & (FRAME_BYTES - 4)) + 4 : t.imm;
-            bool leads = (ends || LEADS_ON >> (op & 7) & 1) && onward < FRAME_BYTES;
-            u64 index = texts + (u64)(more & 0xffff) * TEXT_BYTES + FRAME_BYTES;
-            u32 follows = load_word(index + (leads ? onward & ~3u : 0));
-            // What this lane does in which round, and the rounds before the one in which it is done; both are
-            // shifted on from round to round. What a round has to do and whether another one follows is said
-            // by one reduction: its branches are uniform.
-            u32 work = 1u << (more >> 27), ahead = (2u << (op >> 28 & 7)) - 2;
-            // Lanes at which the trace is left, and those among them whose instruction has not happened.
-            u32 stopped = bit_or_none(left);
-            if (warp_or(more >> 16 & 1)) { // in part on other pages: are they still there?
-                FetchEntry fetch = cached_fetch(slot, here);
-                bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == (more & 0xffff));
-                bool gone = (more >> 16 & 1) & !same;
-                stopped |= group_ballot(gone);
-                if (gone) here &= ~3u;
+            u32 behind_page = (more & LANE_TEXT_MASK) * (TEXT_BYTES >> LANE_TEXT_SHIFT);
+            u32 follows = load_if(has(op, LANE_LEADS), index + (u32)(behind_page + onward));
+            // What this lane does in which round.
+            const u32 sign = byte_sign<0>(op) | 1, either = byte_sign<0>(more), factor = (u32)((i32)op >> 30);
+            u32 work = 1u << (more >> 22 & 31), levels = lane_rest(op, work, either, 0);
+            // The lane at which the trace is left, and whether that is before its instruction.
+            u32 n = first_of(group_ballot((kind >= T_JUMP) | ends));
+            bool stops = left <= n, turns = false;
+            if (UNLIKELY(stops)) {
+                n = left;
+                if (member >= n) work = levels = 0;
             }
-            u32 leaving = stopped;
-            const u32 addend = (op & 7) == T_ALU ? t.imm : 0;
-            const u32 minus = byte_sign<0>(op), one = byte_sign<1>(op), both = byte_sign<2>(op);
-            const u32 sums = byte_sign<3>(op);
-            u32 value = (here & ~3u) + 4; // of jumps: the link
-            u32 round;
+            if (warp_any(has(more, LANE_ELSEWHERE))) { // in part on other pages: are they still there?
+                FetchEntry fetch = cached_fetch(slot, here);
+                u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
+                bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == text);
+                bool gone = (more & LANE_ELSEWHERE) & !same;
+                if (UNLIKELY(warp_any(gone))) {
+                    u32 from = first_of(group_ballot(gone));
+                    if (gone) here &= ~3u;
+                    if (from <= n) {
+                        n = from, stops = true;
+                        if (member >= n) work = levels = 0;
+                    }
+                }
+            }
+            // What all lanes do. They are asked once, and again if the trace is left earlier; so all branches
+            // of a round are uniform, and are decided early.
+            u32 round = warp_or(work) | ROUND_TOP, rest = warp_or(levels);
+            const u32 number = op >> 24 & 15;
+            const bool simple = (op & (7u | 15u << 24)) == T_ALU;
+            u32 value = (VM_LANES < 32 ? here & ~3u : here) + 4; // of jumps: the link
             do {
                 // Before the first round it brings nothing that counts; but so the loop has one end, and the
                 // compiler makes one copy of it.
-                u32 made_a = group_shuffle(value, op >> 8), made_b = group_shuffle(value, op >> 16);
-                if (op & OPERAND_MADE << 8) a = made_a;
-                if (op & OPERAND_MADE << 16) b = made_b;
-                round = warp_or((work & ROUND) | (ahead & ROUND_AHEAD));
-                u32 operand = b + addend;
-                u32 result =
-                    ((a + (operand ^ minus) - minus) & sums) | ((a ^ operand) & one) | (a & operand & both);
-                bool simple = (op & 0x0f000007) == T_ALU;
+                u32 made_a = group_shuffle(value, first), made_b = group_shuffle(value, second);
+                if (has(op, LANE_MADE_1)) a = made_a;
+                if (has(op, LANE_MADE_2)) b = made_b;
+                u32 operand = b + t.imm;
+                u32 shared = (a & operand) | (either & (a | operand));
+                u32 result = a + operand * sign + shared * factor;
                 if (simple) value = result;
-                if (round >> MARK_OTHER & 1) {
-                    u32 other = lane_other(op >> 24 & 15, a, operand); // 0 of the lanes without one
-                    if (work >> MARK_OTHER & 1) value = other;
+                if (round & ROUND_OTHER) {
+                    u32 other = lane_other(number, a, operand); // of lanes without one it means nothing
+                    if (work & ROUND_OTHER) value = other;
                 }
-                if (round >> MARK_BRANCH & 1) {
-                    leaving |= group_ballot((work >> MARK_BRANCH & 1) & lane_leaves(op, a, b));
-                    if (!(up_to_first(leaving) & own_bit)) ahead = 0;
+                if (round & ROUND_BRANCH) {
+                    u32 with = has(op, LANE_RETURNS) ? operand : b;
+                    bool leaves = has(work, ROUND_BRANCH) & lane_leaves(op, a, with, sign, either);
+                    if (warp_any(leaves)) {
+                        u32 from = first_of(group_ballot(leaves));
+                        if (VM_LANES == 32 || from <= n) {
+                            n = from, stops = false, turns = true;
+                            if (has(op, LANE_RETURNS)) lane_page = a - t.imm; // that is where it leads
+                            if (member >= n) work = 0;
+                        }
+                        u32 over = rounds_over(round);
+                        levels = lane_rest(op, work, either, over);
+                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member < n ? levels : 0);
+                    }
                 }
-                if (round & (1u << MARK_LOAD | 1u << MARK_STORE)) {
+                if (round & (ROUND_LOAD | ROUND_STORE)) {
                     u32 va = a + t.imm;
-                    u32 key_mask = ~(FRAME_BYTES - 1) | alignment(op >> 3 & 3);
                     DataEntry entry = cached_data(slot, va);
-                    bool stores = (op & 7) == T_STORE;
-                    u32 other = entry.tag ^ ((va & key_mask) | mode | TAG_WRITABLE);
-                    bool mine = work & (1u << MARK_LOAD | 1u << MARK_STORE);
-                    bool ok = (stores ? other : other & ~TAG_WRITABLE) == 0;
-                    bool counts = lanes_before(leaving) & own_bit;
-                    u32 missing = group_ballot(mine & !ok & counts);
-                    if (UNLIKELY(VM_LANES == 32 ? missing : warp_ballot(missing))) {
+                    bool stores = has(work, ROUND_STORE), accesses = has(work, ROUND_LOAD | ROUND_STORE);
+                    // Aligned, on that page, in that mode; and may be written.
+                    u32 differs = entry.tag ^ ((va & (~(FRAME_BYTES - 1) | number)) | mode | TAG_WRITABLE);
+                    if (!stores) differs &= ~TAG_WRITABLE;
+                    bool misses = accesses & (differs != 0);
+                    if (UNLIKELY(warp_any(misses))) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
-                        u32 kind = op & 7;
+                        u32 from = first_of(group_ballot(misses));
+                        u32 over = rounds_over(round);
                         u32 undecided =
-                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && (ahead & ROUND_AHEAD));
-                        missing &= ~missing + 1;
-                        u32 miss_va = group_shuffle(va, first_of(missing));
-                        u32 miss_store = group_shuffle((u32)stores, first_of(missing));
-                        if (missing) {
-                            stopped |= missing, leaving |= missing;
-                            if (!(undecided & lanes_before(missing))) {
-                                where = miss_va, which = miss_store;
-                                if (missing & own_bit)
-                                    here = (here & ~3u) | (va & alignment(op >> 3 & 3) ? END_STEP : END_FILL);
+                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && lane_level(op) > over);
+                        if (VM_LANES == 32 || from <= n) {
+                            n = from, stops = true, turns = false;
+                            if (!(undecided & ((1u << from) - 1)) && member == from) {
+                                here = (here & ~3u) | END_STEP;
+                                if (!(va & number)) {
+                                    slot_note(slot, SLOT_NOTE(own, miss_va), va);
+                                    slot_note(slot, SLOT_NOTE(own, miss), stores ? MISS_STORE : MISS_LOAD);
+                                }
                             }
+                            if (member >= n) work = 0;
                         }
-                        if (!(up_to_first(leaving) & own_bit)) ahead = 0;
+                        levels = lane_rest(op, work, either, over);
+                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member < n ? levels : 0);
                     }
-                    ok &= mine;
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
-                    bool loads = ok & !stores;
-                    u32 word = load_if(loads, host & ~3ull), shift = 32 - (8u << (op >> 3 & 3));
-                    word = word >> (8 * va & 31) << shift;
-                    word = op & 0x20 ? (u32)((i32)word >> shift) : word >> shift;
+                    bool at_hand = differs == 0;
+                    bool loads = at_hand & has(work & ~either, ROUND_LOAD);
+                    u32 word = load_if(loads, host);
                     if (loads) value = word;
-                    if (round >> MARK_STORE & 1) {
+                    if (rest & REST_LOAD_PART)
+                        load_part_to(value, at_hand & has(work & either, ROUND_LOAD), host, number,
+                                     op & LANE_SIGNED);
+                    if (round & ROUND_STORE) {
                         warp_sync();
-                        bool happens = ok & stores & (bool)(lanes_before(leaving) & own_bit);
-                        store_if(happens, host, op >> 3 & 3, b);
+                        store_if(at_hand & has(work & ~either, ROUND_STORE), host, b);
+                        if (rest & REST_STORE_PART)
+                            store_part_if(at_hand & has(work & either, ROUND_STORE), host, number, b);
                         warp_sync();
                     }
                 }
-                work >>= 1, ahead >>= 1;
-            } while (round & ROUND_AHEAD);
-            // Where it goes on, and which lanes count.
-            u32 kind = op & 7, target = lane_page + t.imm;
-            bool stops = stopped & own_bit, turns = leaving & ~stopped & own_bit; // a branch
-            if (kind == T_JALR) {
-                target = ((a + t.imm) & ~1u) | END_BEHIND;
-                if (target & 2) here = (here & ~3u) | END_STEP;
-            }
-            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !stops & !(here & 2);
-            if (VM_LANES < 32 && ends && (here & 3) == END_BEHIND) {
-                if (kind == T_BRANCH && turns)
-                    leads = false;
+                work >>= 1, round >>= 1, rest >>= 1;
+            } while (rest & REST_LEVELS);
+            // Where it goes on, and how many lanes count.
+            u32 target = ((kind == T_JALR ? a : lane_page) + t.imm) | END_BEHIND;
+            bool behind = (kind - T_BRANCH <= T_JALR - T_BRANCH) & !stops;
+            if (VM_LANES < 32 && ends) {
+                if (turns)
+                    follows = 0;
                 else
-                    target = here + 4;
-                behind = !stops, here &= ~3u;
+                    target = ((here & ~3u) + 4) | END_BEHIND;
+                behind = !stops;
+                if (here & END_BEHIND) here &= ~3u;
             }
             if (!behind) target = here;
-            if (!leads || stops || (!behind && kind != T_EXIT) || follows == BUSY) follows = 0;
-            tick += lessons;
-            bool looks = tick < lessons;
-            leaving |= group_ballot((kind >= T_JUMP) | ends);
-            leaving &= ~leaving + 1;
-            u32 counted = leaving - 1;
+            bool mine = member == n;
             if (VM_LANES == 32) {
-                target = warp_or(leaving & own_bit ? target : 0);
-                next = warp_or((leaving & own_bit ? follows : 0) | (looks ? LOOKS : 0));
-                looks = next & LOOKS, next &= ~LOOKS; // as it was, but uniform
+                target = warp_or(mine ? target : 0);
+                next = warp_or(mine && !stops ? follows : 0);
             } else {
-                target = group_shuffle(target, first_of(leaving));
-                next = group_shuffle(follows, first_of(leaving));
+                target = group_shuffle(target, n);
+                next = group_shuffle(stops ? 0 : follows, n);
             }
-            if ((target & 3) == END_BEHIND) counted |= leaving;
-            warp_sync(); // all have read their operands
-            slot_write_if((bool)(counted & own_bit) & !(counted & 1u << (more >> 22 & 31)), slot,
-                          more >> 17 & 31, value);
-            left -= count_of(counted);
+            u32 counted = n + (target & ~(target >> 1) & END_BEHIND);
+            // Those that no other one writes again.
+            slot_write_if(counted - 1 - member < more >> 27, slot, more & 31u << 2, value);
+            left -= counted;
             // Now and then: was that the way that was to be expected?
-            if (UNLIKELY(looks)) {
+            bool looks = left * 0x9E3779B9u + warp_seed() < lessons;
+            if (VM_LANES == 32 ? looks | (next == BUSY) : warp_any(looks | (next == BUSY))) {
+                if (next == BUSY) next = 0;
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
-                bool branch = (kind == T_BRANCH) & turns & !last_lane;
+                bool branch = (kind == T_BRANCH) & !stops & !last_lane;
+                bool returns = kind == T_JALR || (kind == T_BRANCH && has(op, LANE_RETURNS));
                 bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES) & !last_lane;
-                u32 lesson = group_ballot((bool)(leaving & ~stopped & own_bit) & (branch | page_left));
-                if (VM_LANES == 32 ? lesson : warp_ballot(lesson)) {
-                    u32 what = page_left ? LEARN_PAGE : (t.imm & ~3u) - 4 != (here & (FRAME_BYTES - 4));
-                    u32 place = (more & 0xffff) * TEXT_WORDS + here / 4 % TEXT_WORDS;
-                    place = group_shuffle(place, first_of(lesson)),
-                    what = group_shuffle(what, first_of(lesson));
-                    if (lesson) where = place, which = what | trace << 2, start = pc, leave = LEAVE_LEARN;
+                if (looks & mine & !stops & (branch | page_left | returns)) {
+                    u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
+                    u32 way = t.imm - 4 != (here & (FRAME_BYTES - 4));
+                    if (page_left) way = LEARN_PAGE;
+                    if (returns) way = LEARN_TARGET;
+                    slot_note(slot, SLOT_NOTE(own, learn_to), (target & ~3u) - PAGE_OF(here));
+                    slot_note(slot, SLOT_NOTE(own, learn_at), text * TEXT_WORDS + here / 4 % TEXT_WORDS);
+                    slot_note(slot, SLOT_NOTE(own, learn), way | trace << 2);
+                    slot_note(slot, SLOT_NOTE(own, learn_start), pc);
+                    leave = LEAVE_LEARN;
                 }
+                leave = VM_LANES == 32 ? warp_or(leave) : group_shuffle(leave, n);
             }
             pc = target & ~3u;
-            if (left == 0 || target & 2)
-                leave = left == 0 ? LEAVE_LIMIT : (target & 3) == END_STEP ? LEAVE_STEP : LEAVE_FILL;
+            if (left == 0 || target & END_STEP) {
+                if ((target & 3) == (END_STEP | END_BEHIND)) { // a jump to no word: a step will say so
+                    if (VM_LANES == 32)
+                        pc = warp_or(mine ? here & ~3u : 0);
+                    else
+                        pc = group_shuffle(here & ~3u, n);
+                }
+                leave = left == 0 ? LEAVE_LIMIT : LEAVE_STEP;
+            }
             if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
-            if (UNLIKELY(VM_LANES == 32 ? leave : warp_ballot(leave != LEAVE_NOT))) break;
+            if (UNLIKELY(VM_LANES == 32 ? leave : warp_any(leave != LEAVE_NOT))) break;
         }
     }
 }

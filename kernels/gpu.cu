@@ -25,7 +25,8 @@ extern "C" __global__ void machine_setup(Vm *vms, u32 *tables, const u32 *initia
 // Runs one slice for each entry of the list, VMS_PER_WARP of them in each warp.
 extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, const GpuSlice *list, u32 count,
                                          SliceResult *results, u32 lessons) {
-    u32 first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * VMS_PER_WARP, lane = warp_lane();
+    u32 warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = warp_lane();
+    u32 first = warp_or(warp) * VMS_PER_WARP; // so that the compiler knows that no lane goes another way
     if (first >= count) return;
     VmSlot *slots = warp_slots();
     if (lane < VMS_PER_WARP) {

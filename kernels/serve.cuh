@@ -140,10 +140,8 @@ enum Leave : u32 {
     LEAVE_NOT,
     LEAVE_START,
     LEAVE_LIMIT,
-    LEAVE_FETCH,
-    LEAVE_TRACE,
-    LEAVE_STEP,
-    LEAVE_FILL,
+    LEAVE_TRACE, // there is none here, or the page is not at hand
+    LEAVE_STEP,  // an instruction that is not for lanes, or an access (VmSlot::miss)
     LEAVE_LEARN
 };
 
@@ -226,36 +224,50 @@ FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
 // What a VM's lanes leave behind, and what they go on with.
 struct LaneState {
     u32 leave, pc, left, mode;
-    // LEAVE_FILL: address, and whether it is a store. LEAVE_LEARN: text and word of the branch; which way it
-    // went, or LEARN_PAGE, and four times the trace; where that started.
-    u32 where, which, start;
 };
 
-// In `which`: not a branch, but a page that was not at hand when the trace was made.
+// In VmSlot::learn: not a branch, but a page that was not at hand when the trace was made, or a JALR that led
+// elsewhere than expected, or was not expected to lead anywhere.
 #define LEARN_PAGE 2u
+#define LEARN_TARGET 3u
 
-// A trace was left by a branch, or at a page that was not at hand when it was made: it is to be made again,
-// going another way. What changes often is believed more and more seldom.
+// A trace was left by a branch or a JALR, or at a page that was not at hand when it was made: it is to be
+// made again, going another way. What changes often is believed more and more seldom.
 SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
-    FetchEntry fetch = slot->fetch[s.start / FRAME_BYTES % FETCH_ENTRIES];
+    u32 at = read_through(&slot->learn_at), what = read_through(&slot->learn);
+    u32 start = read_through(&slot->learn_start), to = read_through(&slot->learn_to), kind = what & 3;
+    FetchEntry fetch = slot->fetch[start / FRAME_BYTES % FETCH_ENTRIES];
     FetchEntry there = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
-    bool branch = !(s.which & LEARN_PAGE);
-    bool useful =
-        fetch.tag == (PAGE_OF(s.start) | s.mode) && (branch || there.tag == (PAGE_OF(s.pc) | s.mode));
-    if (warp_lane() == 0 && useful) {
-        u8 *hint = &text_at(slot->pool, s.where / TEXT_WORDS)->hints[s.where % TEXT_WORDS];
-        u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE, way = (s.which & 1) | HINT_KNOWN;
-        bool agrees = branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
-        if (agrees || !(chance & ((1u << 2 * changes) - 1))) {
+    bool branch = kind < LEARN_PAGE, at_hand = there.tag == (PAGE_OF(s.pc) | s.mode);
+    if (fetch.tag != (PAGE_OF(start) | s.mode) || !(branch || at_hand)) return;
+    u32 old = (what >> 2) + 1, again = 0; // what the index said, and may no longer say
+    Text *from = text_at(slot->pool, fetch.text);
+    u32 first = start / 4 % TEXT_WORDS;
+    if (warp_lane() == 0) {
+        Text *text = text_at(slot->pool, at / TEXT_WORDS);
+        u8 *hint = &text->hints[at % TEXT_WORDS];
+        u32 *target = &text->targets[at % TEXT_WORDS];
+        u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE % HINT_CHANGES;
+        u32 way = branch ? kind | HINT_KNOWN : seen & (HINT_KNOWN | HINT_TAKEN);
+        bool agrees = kind == LEARN_TARGET ? read_through(target) == to
+                                           : branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
+        // Expected, but the trace does not go there: it is older, or full at that place. What has an offset
+        // is not expected, nor is the start of the page, which stands for nothing.
+        bool never = kind == LEARN_TARGET && (text->words[at % TEXT_WORDS] >> 20 || to == 0);
+        bool late = agrees && kind == LEARN_TARGET && (chance & 3);
+        if (!never && (agrees ? !late : !(chance & ((1u << 2 * changes) - 1)))) {
             if (!agrees) {
-                if (changes < HINT_CHANGES_MAX) changes++;
-                *hint = (u8)((branch ? way : seen & (HINT_KNOWN | HINT_TAKEN)) | changes * HINT_CHANGE);
+                if (changes < HINT_CHANGES_MOST) changes++;
+                *hint = (u8)(way | changes * HINT_CHANGE);
+                if (kind == LEARN_TARGET) *(volatile u32 *)target = to;
             }
-            u32 *index = &text_at(slot->pool, fetch.text)->index[s.start / 4 % TEXT_WORDS];
-            atomic_compare_swap(index, (s.which >> 2) + 1, 0);
+            // Many VMs come here at the same time, and one of them is enough.
+            if (read_through(&from->index[first]) == old) again = text_claim(from, first);
         }
     }
-    warp_sync();
+    if (!warp_shuffle(again, 0)) return;
+    trace_make(slot, fetch.text, start, s.mode, old);
+    if (warp_lane() == 0) text_release(from, first);
 }
 
 SLOW u32 warp_begin(VmSlot *slot) {
@@ -303,17 +315,20 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
         if (lane == 0) h.pc = s.pc, h.steps = steps;
         warp_sync();
         if (s.leave == LEAVE_LIMIT) break;
+        u32 miss = warp_shuffle(read_through(&slot->miss), 0);
+        warp_sync();
+        if (lane == 0) slot->miss = MISS_NONE;
         FetchEntry fetch = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
-        if (s.leave == LEAVE_FETCH || fetch.tag != (PAGE_OF(s.pc) | s.mode)) {
+        if (fetch.tag != (PAGE_OF(s.pc) | s.mode)) {
             WarpFetch found = warp_fetch(slot, s.pc);
             if (found.found && !found.events) return s;
             events = found.events;
             break;
         }
-        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode) != BUSY) return s;
-        if (s.leave == LEAVE_FILL && warp_fill(slot, s.where, s.which)) return s;
+        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, 0) != BUSY) return s;
+        if (miss != MISS_NONE && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
-        if (s.leave == LEAVE_STEP && warp_quick(slot, insn, s.mode)) {
+        if (s.leave == LEAVE_STEP && miss == MISS_NONE && warp_quick(slot, insn, s.mode)) {
             s.pc += 4, s.left--;
             if (s.left) return s;
             if (lane == 0) h.pc = s.pc, h.steps = limit;

@@ -13,7 +13,8 @@
 //   - values stay in the lanes until the trace is left, and only those of lanes that count are kept.
 //
 // Which way a branch is expected to go: back if its target is behind it, else on; after a trace has been left
-// there a few times, the way that it went (Text::hints).
+// there a few times, the way that it went (Text::hints). A JALR is expected to lead where it led before
+// (Text::targets): it is a branch then that is left if it leads elsewhere.
 //
 // Texts hold decoded code. They are found by what a page says, not by who has it: all VMs whose page holds
 // the same instructions share one, and frames that only look alike are told apart by comparing all their
@@ -34,18 +35,18 @@
 // lanes.
 enum TraceClass : u32 { T_ALU, T_LOAD, T_STORE, T_BRANCH, T_JUMP, T_JALR, T_EXIT, T_SLOW };
 
-// Details of integer operations. The simple ones are put together from a sum and two bitwise parts; the
-// others are numbered in bits 3:0, and so rare that a trace without them skips them.
-#define A_MINUS 0x10u // of a sum: a - b
-#define A_ONE 0x20u   // a ^ b
-#define A_BOTH 0x40u  // a & b
-#define A_SUM 0x80u   // a + b
+// Details of integer operations. The simple ones are a + b * sign + factor * ((m ? a | b : a & b)): operand 2
+// is taken away (sign -1, else 1), the factor is 0, -1 or -2, and m says which bits count. The others are
+// numbered in bits 3:0, and so rare that a trace without them skips them.
+#define A_MINUS 0x10u            // sign
+#define A_FACTOR(by) ((by) << 5) // two bits: the factor is their two's complement
+#define A_EITHER 0x80u           // m
 enum TraceAlu : u32 {
-    A_ADD = A_SUM,
-    A_SUB = A_SUM | A_MINUS,
-    A_AND = A_BOTH,
-    A_OR = A_BOTH | A_ONE,
-    A_XOR = A_ONE,
+    A_ADD = 0,
+    A_SUB = A_MINUS,
+    A_AND = A_FACTOR(3u) | A_EITHER, // a + b - (a | b)
+    A_OR = A_FACTOR(3u),             // a + b - (a & b)
+    A_XOR = A_FACTOR(2u),            // a + b - 2 * (a & b)
     A_SLT = 1,
     A_SLTU,
     A_SLL,
@@ -61,18 +62,18 @@ enum TraceAlu : u32 {
     A_REMU
 };
 
-// Branch details: the trace is left if (bit 1 ? less : equal) differs from bit 0; bit 2: less is signed.
+// Branch details: the trace is left if (bit 1 ? less : same) differs from bit 0; bit 2: less is signed.
 #define BRANCH_INVERT 1u
 #define BRANCH_LESS 2u
 #define BRANCH_SIGNED 4u
+#define BRANCH_RETURNS 8u // a JALR that is expected to lead to operand 2 plus the immediate
 
 // How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or
-// before it and something has to be done there first. In TraceLane::at END_BEHIND marks the last lane of a
-// trace that has no lane for what follows.
+// before it and something has to be done there first; both bits: a jump to no word, before it too. In
+// TraceLane::at END_BEHIND marks the last lane of a trace that has no lane for what follows.
 #define END_BEFORE 0u
 #define END_BEHIND 1u
 #define END_STEP 2u
-#define END_FILL 3u
 
 // A lane marks its level in the byte that says what its round has to do: bit 8 * byte + level.
 #define MARK_LOAD 0u
@@ -81,21 +82,37 @@ enum TraceAlu : u32 {
 #define MARK_BRANCH 24u
 #define MARK_NONE 23u
 
-// One lane of a trace. The flags of integer operations are the uppermost bits of bytes, where one instruction
-// makes masks of them. Operands are registers (or the address of the page), or lanes that make them.
-//   op     2:0 class          5:3 detail of accesses and branches       7 A_MINUS
-//          13:8 operand 1     14 a lane makes it                        15 A_ONE
-//          21:16 operand 2    22 a lane makes it                        23 A_BOTH
-//          27:24 number of another operation   30:28 level              31 A_SUM
-//   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page, and how it ends;
-//          of T_EXIT FRAME_BYTES if it leads to another page
+// One lane of a trace. What every trace needs of every lane is where one instruction gets at it: a byte of
+// its own, the uppermost bits, or a mask made of a byte's sign. Operands are registers (or the address of the
+// page), or lanes that make them.
+//   op     2:0 class           5:3 level        6 what follows is in the index of the lane's page, at imm
+//          13:8 operand 1      28 a lane makes it
+//          21:16 operand 2     29 a lane makes it
+//          of operations  7 operand 2 is taken away   27:24 number of one that is not simple   31:30 factor
+//          of accesses    25:24 bytes - 1             30 signed
+//          of branches    7 signed                    30 inverted   24 a JALR, see BRANCH_RETURNS
+//   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page: FRAME_BYTES for a
+//          T_EXIT that leads to another page
 //   at     1:0 how it ends if this is the lane behind the last one; the rest: where the instruction is,
 //          relative to the page of the trace's start
-//   more   15:0 text of the page   16 that is not the page of the trace's start   21:17 rd
-//          26:22 the next lane that writes rd: itself if rd is x0, 31 if there is none   31:27 its mark
+//   more   0 on another page than the trace's start   6:2 rd
+//          7 of operations: a | b counts, not a & b; of accesses: of less than a word; of branches: less, not
+//          same 21:10 text of the page   26:22 mark 31:27 lanes to the next one that writes rd: 0 if rd is
+//          x0, to lane 31 if there is none
 struct alignas(16) TraceLane {
     u32 op, imm, at, more;
 };
+#define LANE_LEADS 0x40u
+#define LANE_MADE_1 (1u << 28)
+#define LANE_MADE_2 (1u << 29)
+#define LANE_SIGNED (1u << 30)
+#define LANE_INVERTED (1u << 30)
+#define LANE_RETURNS (1u << 24)
+#define LANE_ELSEWHERE 1u
+#define LANE_TEXT_SHIFT 10u
+#define LANE_TEXT_MASK ((TEXTS_MOST - 1) << LANE_TEXT_SHIFT)
+static_assert(TEXTS_MOST == 1u << (22 - LANE_TEXT_SHIFT), "TraceLane::more");
+// An operand that a lane makes, as the maker names it.
 #define OPERAND_MADE 64u
 
 FN TraceLane load_lane(u64 address) {
@@ -115,13 +132,17 @@ FN TraceLane load_lane(u64 address) {
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said
     u32 index[TEXT_WORDS]; // trace that starts there plus one, 0 for none yet, or BUSY
-    // What traces have learned of the branch or jump there: 0 way to go, 1 it is known, 7:2 times it changed.
+    // What traces have learned of the branch or jump there: 0 way to go, 1 it is known, 5:2 times it changed;
+    // 7: the trace that starts there is being made again.
     u8 hints[TEXT_WORDS];
+    u32 targets[TEXT_WORDS]; // where the JALR there has led, relative to its page; 0: not known
 };
 #define HINT_TAKEN 1u
 #define HINT_KNOWN 2u
 #define HINT_CHANGE 4u
-#define HINT_CHANGES_MAX 8u
+#define HINT_CHANGES 16u
+#define HINT_CHANGES_MOST 8u
+#define HINT_CLAIMED 0x80u
 
 static_assert(sizeof(Text) == TEXT_BYTES && sizeof(TraceLane) * 32 == TRACE_BYTES, "see abi.rs");
 static_assert(sizeof(VmSlot) == 8 * (DATA_ENTRIES + FETCH_ENTRIES) + VM_SLOT_BYTES, "see abi.rs");
@@ -129,6 +150,17 @@ static_assert(sizeof(VmSlot) == 8 * (DATA_ENTRIES + FETCH_ENTRIES) + VM_SLOT_BYT
 FN Text *text_at(const Pool *pool, u32 text) { return (Text *)(uintptr_t)pool->text_ptr + text; }
 FN TraceLane *trace_at(const Pool *pool, u32 trace) {
     return (TraceLane *)(uintptr_t)pool->trace_ptr + (u64)trace * VM_LANES;
+}
+
+FN u32 *hint_word(Text *text, u32 word) { return (u32 *)text->hints + word / 4; }
+// Whether this warp is to make the trace there again. Other bits of a hint are written without regard to this
+// one: then another one makes it too, for nothing.
+FN bool text_claim(Text *text, u32 word) {
+    u32 bit = HINT_CLAIMED << 8 * (word % 4);
+    return !(atomic_or(hint_word(text, word), bit) & bit);
+}
+FN void text_release(Text *text, u32 word) {
+    atomic_and(hint_word(text, word), ~(HINT_CLAIMED << 8 * (word % 4)));
 }
 
 FN u32 read_through(const u32 *word) { return *(const volatile u32 *)word; }
@@ -223,15 +255,16 @@ FN TraceOperand operand_of(u32 known, u32 offset, bool sums) {
     return o;
 }
 
-// Makes the trace that starts at word `start`; all lanes. BUSY if there is no room for another.
-SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
+// Makes the trace that starts at `pc`; all lanes. BUSY if there is no room for another. It takes the place of
+// what the index says now, `old`: where that is a trace, other warps go on with it meanwhile.
+SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
     Pool *pool = slot->pool;
     Vm *vm = slot->vm;
     Text *t = text_at(pool, text);
     u32 start = pc / 4 % TEXT_WORDS;
     u32 lane = warp_lane(), seen = 0, number = 0;
     if (lane == 0) {
-        seen = atomic_compare_swap(&t->index[start], 0, BUSY);
+        if (old == 0) seen = atomic_compare_swap(&t->index[start], 0, BUSY);
         if (seen == 0) {
             u32 made = vm->ram.traces_made;
             number = BUSY;
@@ -240,7 +273,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
             if (number >= pool->trace_capacity) {
                 // The count stays just above the capacity: it is seen to be full, and does not run over.
                 if (number != BUSY) atomic_add(&pool->trace_count, ~0u);
-                atomic_swap(&t->index[start], 0);
+                if (old == 0) atomic_swap(&t->index[start], 0);
                 number = BUSY;
             } else {
                 vm->ram.traces_made = made + 1;
@@ -292,12 +325,21 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         u32 offset1 = warp_shuffle(known_offset, rs1 & 31), offset2 = warp_shuffle(known_offset, rs2);
         if (rs1 == PAGE_SLOT) known1 = register_known(PAGE_SLOT, 0, PAGE_SLOT, 0), offset1 = here_page;
         bool accesses = kind == T_LOAD || kind == T_STORE;
-        bool sums = kind == T_ALU && (detail & A_SUM), minus = detail & A_MINUS;
-        TraceOperand one = operand_of(known1, offset1, accesses || sums || kind == T_JALR);
+        bool sums = kind == T_ALU && !(detail & ~A_MINUS), minus = detail & A_MINUS;
+        // A JALR that leads where another instruction of the trace says, or where it has led before.
+        bool returns = kind == T_JALR && imm == 0 && (known1 >> 8 & 0x7f) != PAGE_SLOT;
+        u32 to = 0;
+        if (returns) {
+            to = warp_shuffle(read_through(&here_text->targets[at]), 0);
+            u32 there = here_page + (to & ~(FRAME_BYTES - 1)), va = PAGE_OF(pc) + there;
+            returns = to && length + 1 < TRACE_LENGTH;
+            if (PAGE_OF(to)) returns &= slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES].tag == (va | mode);
+        }
+        TraceOperand one = operand_of(known1, offset1, accesses || sums || (kind == T_JALR && !returns));
         TraceOperand two = operand_of(known2, offset2, kind == T_ALU);
         if (kind == T_ALU && !minus) imm += one.offset + two.offset;
         if (kind == T_ALU && minus) imm += two.offset - one.offset;
-        if (accesses || kind == T_JALR) imm += one.offset;
+        if (accesses || (kind == T_JALR && !returns)) imm += one.offset;
         u32 level = one.level > two.level ? one.level : two.level;
         if (kind == T_LOAD ? any_store : kind == T_STORE && any_decided) {
             u32 behind = lane < length ? level_behind(mine, my_operands & 127, my_level, kind, one.name, imm,
@@ -322,6 +364,10 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         } else if (kind == T_JUMP) {
             follows = !last;
             if (follows) at = (i32)imm >> 2;
+        } else if (returns) {
+            at = (i32)to >> 2, any_decided = true;
+            kind = T_BRANCH, detail = BRANCH_RETURNS | BRANCH_INVERT, imm = here_page + to,
+            two.name = PAGE_SLOT;
         } else if (kind == T_JALR) {
             // Back to where the trace itself has come from, for one.
             follows = !last && one.name == PAGE_SLOT && !(imm & 2);
@@ -360,11 +406,11 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
         if (left) break;
     }
     TraceLane out;
-    u32 low = (u32)mine, ends = END_BEFORE, mark = MARK_NONE;
+    u32 low = (u32)mine, ends = END_BEFORE, mark = MARK_NONE, less = 0;
     out.imm = (u32)(mine >> 32);
     if (lane >= length) { // nothing, or what follows
         bool end = lane == length && !left;
-        low = end ? end_class : T_ALU | A_SUM << 3;
+        low = end ? end_class : T_ALU | A_ADD << 3;
         bool near = at < TEXT_WORDS;
         out.imm = !end ? 0 : near ? 4 * at : FRAME_BYTES;
         my_at = here_page + 4 * at, my_level = 0, my_operands = 0, my_next = lane;
@@ -375,24 +421,39 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode) {
     }
     bool elsewhere = my_at >= FRAME_BYTES && (lane < length || (lane == length && !left && at < TEXT_WORDS));
     u32 kind = low & 7, detail = low >> 3 & 0xff;
-    if (kind == T_BRANCH || kind == T_JUMP) out.imm |= END_BEHIND;
-    out.op = kind | (my_operands & 127) << 8 | (my_operands >> 7 & 127) << 16 | my_level << 28;
+    bool leads = kind == T_BRANCH || kind == T_JUMP || kind == T_EXIT;
+    if (kind == T_BRANCH && (detail & BRANCH_RETURNS)) leads = false;
+    leads = ends == END_BEHIND ? my_at % FRAME_BYTES + 4 < FRAME_BYTES : leads && out.imm < FRAME_BYTES;
+    out.op = kind | my_level << 3 | (leads ? LANE_LEADS : 0) | (my_operands & 63) << 8 |
+             (my_operands >> 7 & 63) << 16 | (my_operands & OPERAND_MADE ? LANE_MADE_1 : 0) |
+             (my_operands >> 7 & OPERAND_MADE ? LANE_MADE_2 : 0);
     if (kind == T_ALU) {
-        out.op |= (detail & 15) << 24 | (detail & A_MINUS ? 1u << 7 : 0) | (detail & A_ONE ? 1u << 15 : 0) |
-                  (detail & A_BOTH ? 1u << 23 : 0) | (detail & A_SUM ? 1u << 31 : 0);
+        out.op |= (detail & 15) << 24 | (detail & A_MINUS ? 1u << 7 : 0) | (detail >> 5 & 3) << 30;
+        less = detail & A_EITHER;
         if (detail & 15) mark = MARK_OTHER + my_level;
-    } else {
-        out.op |= (detail & 7) << 3;
-        if (kind == T_LOAD) mark = MARK_LOAD + my_level;
-        if (kind == T_STORE) mark = MARK_STORE + my_level;
-        if (kind == T_BRANCH) mark = MARK_BRANCH + my_level;
+    } else if (kind == T_LOAD || kind == T_STORE) {
+        u32 rest = (1u << (detail & 3)) - 1; // bytes - 1
+        out.op |= rest << 24 | (detail & 4 ? LANE_SIGNED : 0);
+        less = rest < 3;
+        mark = (kind == T_LOAD ? MARK_LOAD : MARK_STORE) + my_level;
+    } else if (kind == T_BRANCH) {
+        out.op |= (detail & BRANCH_SIGNED ? 1u << 7 : 0) | (detail & BRANCH_INVERT ? LANE_INVERTED : 0) |
+                  (detail & BRANCH_RETURNS ? LANE_RETURNS : 0);
+        less = detail & BRANCH_LESS;
+        mark = MARK_BRANCH + my_level;
     }
     out.at = my_at | ends;
-    out.more = my_text | (elsewhere ? 1u << 16 : 0) | my_rd << 17 | my_next << 22 | mark << 27;
+    out.more = (elsewhere ? LANE_ELSEWHERE : 0) | my_rd << 2 | (less ? 1u << 7 : 0) |
+               my_text << LANE_TEXT_SHIFT | mark << 22 | (my_next - lane) << 27;
     if (lane < VM_LANES) trace_at(pool, number)[lane] = out;
     publish_fence();
     warp_sync();
-    if (lane == 0) *(volatile u32 *)&t->index[start] = number + 1;
+    if (lane == 0) {
+        if (old == 0)
+            *(volatile u32 *)&t->index[start] = number + 1;
+        else
+            atomic_compare_swap(&t->index[start], old, number + 1);
+    }
     return number;
 }
 
@@ -427,7 +488,7 @@ SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
         if (made != NO_TEXT) {
             Text *t = text_at(pool, made);
             for (u32 i = lane; i < TEXT_WORDS; i += 32)
-                t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0;
+                t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0, t->targets[i] = 0;
             publish_fence();
             warp_sync();
             if (lane == 0) {

@@ -31,6 +31,9 @@ struct alignas(8) FetchEntry {
     u32 tag, text;
 };
 #define HELD_NONE 1u // LR and SC are for words
+#define MISS_NONE 0u
+#define MISS_LOAD 1u
+#define MISS_STORE 2u
 // A VM while its slice runs, in shared memory.
 #define SAVED_WORDS (DATA_ENTRIES + FETCH_ENTRIES + 1) // of 8 bytes
 struct alignas(8) VmSlot {
@@ -39,6 +42,11 @@ struct alignas(8) VmSlot {
     u32 x[33];            // x0 to x31 and the address of the page
     u32 held_va, held_pa; // of the last LR, or HELD_NONE
     u32 large;            // 4 MiB that have large pages here, see large_mark
+    // What the lanes leave their loop for, see warp_serve: the access whose page is not at hand, ...
+    u32 miss_va, miss; // MISS_NONE, MISS_LOAD or MISS_STORE
+    // ... and what is to be learned: text and word of the branch or jump; which way it went, or LEARN_PAGE or
+    // LEARN_TARGET, and four times the trace; where that started; where the jump led, relative to its page.
+    u32 learn_at, learn, learn_start, learn_to;
     Vm *vm;
     Pool *pool;
     Mailbox *mail;
@@ -48,12 +56,25 @@ struct alignas(8) VmSlot {
     u64 before, end, limit; // steps: at the start of the slice, at its end, at the next deadline
 };
 
+// Where a word of the slot is, for slot_note.
+#define SLOT_NOTE(slot, field) ((u32)((uintptr_t)&(slot)->field - (uintptr_t)(slot)))
+
 #if MACHINE_GPU
 extern __shared__ VmSlot vm_slots[];
 FN VmSlot *warp_slots() { return vm_slots + threadIdx.x / 32 * VMS_PER_WARP; }
 FN u32 warp_lane() { return threadIdx.x % 32; }
 FN void warp_sync() { __syncwarp(); }
+// All lanes are here, and go on together. The compiler can't tell that of code behind a call, and guards all
+// that lanes do with each other there. So this has it said by an instruction that a warp executes as one or
+// not at all, and that does nothing else (PTX ISA, movmatrix.aligned); a barrier would do, but an SM has few
+// of them.
+FN void warp_together() {
+    __syncwarp();
+    u32 nothing;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(nothing) : "r"(0u) : "memory");
+}
 FN u32 warp_ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
+FN bool warp_any(bool vote) { return __ballot_sync(ALL_LANES, vote) != 0; }
 FN u32 warp_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
 FN u64 warp_shuffle(u64 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane); }
 FN u32 group_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane, VM_LANES); }
@@ -63,6 +84,8 @@ FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
 FN u32 count_of(u32 bits) { return (u32)__popc((int)bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
 FN u32 atomic_add(u32 *word, u32 value) { return atomicAdd(word, value); }
+FN u32 atomic_or(u32 *word, u32 bits) { return atomicOr(word, bits); }
+FN u32 atomic_and(u32 *word, u32 bits) { return atomicAnd(word, bits); }
 FN u32 atomic_swap(u32 *word, u32 value) { return atomicExch(word, value); }
 FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) { return atomicCAS(word, expected, value); }
 FN void publish_fence() { __threadfence(); }
@@ -73,11 +96,23 @@ template <u32 BYTE> FN u32 byte_sign(u32 bits) {
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bits), "n"(0x8888 | BYTE * 0x1111));
     return mask;
 }
-// 1 << by, 0 from 32 on.
-FN u32 bit_or_none(u32 by) {
-    u32 bit;
-    asm("shl.b32 %0, 1, %1;" : "=r"(bit) : "r"(by));
-    return bit;
+// Whether `word` has any of `bits`: one instruction, which the compiler's own wisdom would turn into three.
+FN bool has(u32 word, u32 bits) {
+    u32 both;
+    asm("and.b32 %0, %1, %2;" : "=r"(both) : "r"(word), "r"(bits));
+    return both != 0;
+}
+// Byte `BYTE`.
+template <u32 BYTE> FN u32 byte_of(u32 word) {
+    u32 byte;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(byte) : "r"(word), "n"(0x4440 | BYTE));
+    return byte;
+}
+// Differs from warp to warp, and takes no register.
+FN u32 warp_seed() {
+    u32 block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block * 0x61C88647u;
 }
 // A slot by its address in shared memory, which a register holds.
 typedef u32 SlotPlace;
@@ -100,28 +135,36 @@ FN FetchEntry cached_fetch(SlotPlace slot, u32 pc) {
                  : "memory");
     return entry;
 }
-// Register bits 5:0 of `number`.
 FN u32 slot_read(SlotPlace slot, u32 number) {
-    u32 value, at = slot + (number << 2 & 0xfc);
+    u32 value, at = slot + number * 4;
     asm volatile("ld.shared.u32 %0, [%1+%2];"
                  : "=r"(value)
                  : "r"(at), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8)
                  : "memory");
     return value;
 }
-FN void slot_write_if(bool take, SlotPlace slot, u32 number, u32 value) {
-    u32 at = slot + (number << 2 & 0xfc);
+// The word `offset` bytes behind x0.
+FN void slot_write(SlotPlace slot, u32 offset, u32 value) {
+    asm volatile("st.shared.u32 [%0+%1], %2;"
+                 :
+                 : "r"(slot + offset), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8), "r"(value)
+                 : "memory");
+}
+FN void slot_write_if(bool take, SlotPlace slot, u32 offset, u32 value) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u32 [%1+%2], %3; }"
                  :
-                 : "r"((u32)take), "r"(at), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8), "r"(value)
+                 : "r"((u32)take), "r"(slot + offset), "n"((DATA_ENTRIES + FETCH_ENTRIES) * 8), "r"(value)
                  : "memory");
+}
+FN void slot_note(SlotPlace slot, u32 where, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" : : "r"(slot + where), "r"(value) : "memory");
 }
 FN u32 load_word(u64 address) {
     u32 word;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
     return word;
 }
-// Guest RAM for lanes that take part, without a branch.
+// Words for lanes that take part, without a branch; 0 for the others.
 FN u32 load_if(bool take, u64 address) {
     u32 word;
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2]; }"
@@ -130,21 +173,39 @@ FN u32 load_if(bool take, u64 address) {
                  : "memory");
     return word;
 }
-// Likewise; of 1 << log_size bytes.
-FN void store_if(bool take, u64 address, u32 log_size, u32 value) {
-    asm volatile("{ .reg .pred p, q; .reg .b16 h; cvt.u16.u32 h, %3; setp.ne.u32 p, %0, 0;"
-                 "setp.eq.and.u32 q, %2, 2, p; @q st.global.u32 [%1], %3;"
-                 "setp.eq.and.u32 q, %2, 1, p; @q st.global.u16 [%1], h;"
-                 "setp.eq.and.u32 q, %2, 0, p; @q st.global.u8 [%1], %3; }"
+FN void store_if(bool take, u64 address, u32 value) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2; }"
                  :
-                 : "r"((u32)take), "l"(address), "r"(log_size), "r"(value)
+                 : "r"((u32)take), "l"(address), "r"(value)
+                 : "memory");
+}
+// Of less than a word: bytes, or two of them.
+FN void load_part_to(u32 &word, bool take, u64 address, bool two, bool is_signed) {
+    asm volatile("{ .reg .pred p, q, r; setp.ne.u32 p, %1, 0; setp.eq.and.u32 q, %3, 0, p; setp.ne.and.u32 "
+                 "p, %3, 0, p;"
+                 "setp.ne.and.u32 r, %4, 0, q; @r ld.global.s8 %0, [%2];"
+                 "setp.eq.and.u32 r, %4, 0, q; @r ld.global.u8 %0, [%2];"
+                 "setp.ne.and.u32 r, %4, 0, p; @r ld.global.s16 %0, [%2];"
+                 "setp.eq.and.u32 r, %4, 0, p; @r ld.global.u16 %0, [%2]; }"
+                 : "+r"(word)
+                 : "r"((u32)take), "l"(address), "r"((u32)two), "r"((u32)is_signed)
+                 : "memory");
+}
+FN void store_part_if(bool take, u64 address, bool two, u32 value) {
+    asm volatile("{ .reg .pred p, q, r; .reg .b16 h; cvt.u16.u32 h, %3; setp.ne.u32 p, %0, 0;"
+                 "setp.ne.and.u32 q, %2, 0, p; setp.eq.and.u32 r, %2, 0, p;"
+                 "@q st.global.u16 [%1], h; @r st.global.u8 [%1], %3; }"
+                 :
+                 : "r"((u32)take), "l"(address), "r"((u32)two), "r"(value)
                  : "memory");
 }
 #else
 VmSlot *warp_slots();
 u32 warp_lane();
 void warp_sync();
+FN void warp_together() { warp_sync(); }
 u32 warp_ballot(bool vote);
+FN bool warp_any(bool vote) { return warp_ballot(vote); }
 u32 warp_shuffle(u32 value, u32 lane);
 u64 warp_shuffle(u64 value, u32 lane);
 FN u32 group_shuffle(u32 value, u32 lane) {
@@ -156,6 +217,8 @@ FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
 FN u32 count_of(u32 bits) { return (u32)__builtin_popcount(bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 FN u32 atomic_add(u32 *word, u32 value) { return __atomic_fetch_add(word, value, __ATOMIC_SEQ_CST); }
+FN u32 atomic_or(u32 *word, u32 bits) { return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST); }
+FN u32 atomic_and(u32 *word, u32 bits) { return __atomic_fetch_and(word, bits, __ATOMIC_SEQ_CST); }
 FN u32 atomic_swap(u32 *word, u32 value) { return __atomic_exchange_n(word, value, __ATOMIC_SEQ_CST); }
 FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) {
     __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
@@ -164,22 +227,33 @@ FN u32 atomic_compare_swap(u32 *word, u32 expected, u32 value) {
 FN void publish_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 FN void back_off() {}
 template <u32 BYTE> FN u32 byte_sign(u32 bits) { return bits >> (8 * BYTE + 7) & 1 ? ~0u : 0; }
-FN u32 bit_or_none(u32 by) { return by < 32 ? 1u << by : 0; }
+FN bool has(u32 word, u32 bits) { return word & bits; }
+template <u32 BYTE> FN u32 byte_of(u32 word) { return word >> 8 * BYTE & 0xff; }
+FN u32 warp_seed() { return 0; }
 typedef VmSlot *SlotPlace;
 FN SlotPlace slot_place(VmSlot *slot) { return slot; }
 FN DataEntry cached_data(SlotPlace slot, u32 va) { return slot->data[va / FRAME_BYTES % DATA_ENTRIES]; }
 FN FetchEntry cached_fetch(SlotPlace slot, u32 pc) { return slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES]; }
-FN u32 slot_read(SlotPlace slot, u32 number) { return *(volatile u32 *)&slot->x[number & 63]; }
-FN void slot_write_if(bool take, SlotPlace slot, u32 number, u32 value) {
-    if (take) slot->x[number & 63] = value;
+FN u32 slot_read(SlotPlace slot, u32 number) { return *(volatile u32 *)&slot->x[number]; }
+FN void slot_write(SlotPlace slot, u32 offset, u32 value) { *(volatile u32 *)&slot->x[offset / 4] = value; }
+FN void slot_write_if(bool take, SlotPlace slot, u32 offset, u32 value) {
+    if (take) slot->x[offset / 4] = value;
 }
+FN void slot_note(SlotPlace slot, u32 where, u32 value) { ((volatile u32 *)slot)[where / 4] = value; }
 FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
-FN u32 load_if(bool take, u64 address) { return take ? *(const volatile u32 *)(uintptr_t)address : 0; }
-FN void store_if(bool take, u64 address, u32 log_size, u32 value) {
+FN u32 load_if(bool take, u64 address) { return take ? load_word(address) : 0; }
+FN void store_if(bool take, u64 address, u32 value) {
+    if (take) *(volatile u32 *)(uintptr_t)address = value;
+}
+FN void load_part_to(u32 &word, bool take, u64 address, bool two, bool is_signed) {
     if (!take) return;
-    if (log_size == 2)
-        *(volatile u32 *)(uintptr_t)address = value;
-    else if (log_size == 1)
+    u32 part = two ? *(const volatile u16 *)(uintptr_t)address : *(const volatile u8 *)(uintptr_t)address;
+    u32 sign = two ? 0x8000u : 0x80u;
+    word = is_signed ? (part ^ sign) - sign : part;
+}
+FN void store_part_if(bool take, u64 address, bool two, u32 value) {
+    if (!take) return;
+    if (two)
         *(volatile u16 *)(uintptr_t)address = (u16)value;
     else
         *(volatile u8 *)(uintptr_t)address = (u8)value;
@@ -204,6 +278,14 @@ FN u32 warp_or(u32 value) {
 #else
     for (u32 mask = 16; mask; mask /= 2) value |= warp_exchange(value, mask);
     return value;
+#endif
+}
+// The slot of a warp with one VM, which all its lanes know.
+FN SlotPlace slot_place_of_warp(VmSlot *slot) {
+#if MACHINE_GPU
+    return warp_or(slot_place(slot));
+#else
+    return slot_place(slot);
 #endif
 }
 FN u32 warp_sum(u32 value) {

@@ -56,10 +56,13 @@ pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
 /// Code pages that a VM may have for frames of its own.
 pub const CODE_PAGES_PER_VM: u32 = 128;
 
-/// Bytes of one text of engine W: a page's words, where in it traces start, and what was learned of its branches.
-pub const TEXT_BYTES: u32 = 2 * FRAME_BYTES + FRAME_BYTES / 4;
+/// Bytes of one text of engine W: a page's words, where in it traces start, and what was learned of its branches and of
+/// its jumps.
+pub const TEXT_BYTES: u32 = 3 * FRAME_BYTES + FRAME_BYTES / 4;
 /// Bytes of one trace of engine W: 32 lanes of 16 bytes. With k VMs in a warp a trace has 32 / k lanes.
 pub const TRACE_BYTES: u32 = 512;
+/// Texts that a device has room for at most: a lane of a trace names one in 12 bits.
+pub const TEXTS_MOST: u32 = 4096;
 /// Texts that a VM may make before the host clears them all, and one more for every 2^20 steps.
 pub const TEXTS_PER_VM: u32 = 1024;
 /// Traces that a VM may make, and one more for every 2^10 steps.
@@ -72,7 +75,7 @@ pub const LESSONS_OFTEN: u32 = 0x2545_f491;
 /// The same for decoded code that has been learned from in an earlier start: one of 56. A lesson costs a trace.
 pub const LESSONS_SELDOM: u32 = 0x0492_4925;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
-pub const VM_SLOT_BYTES: u32 = 216;
+pub const VM_SLOT_BYTES: u32 = 240;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;

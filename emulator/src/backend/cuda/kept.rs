@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::choice::EngineKind;
 use super::cubin;
-use crate::abi::{FRAME_BYTES, TEXT_BYTES};
+use crate::abi::{FRAME_BYTES, TEXT_BYTES, TEXTS_MOST};
 use crate::memory::BootMemory;
 
 const MAGIC: [u8; 8] = *b"LoGcode1";
@@ -37,8 +37,8 @@ const TEXT_WORDS: usize = TEXT_BYTES as usize / 4;
 const INDEX: std::ops::Range<usize> = FRAME_BYTES as usize / 4..FRAME_BYTES as usize / 2;
 /// Bytes of a trace's lane.
 const LANE_BYTES: usize = 16;
-/// Where a lane names a text, if it does: which word, and which of its bits. As in `TraceLane`.
-pub(super) const LANE_TEXT: Option<(usize, u32)> = Some((3, 0xffff));
+/// Where a lane names a text, if it does: which word, its lowest bit, and how many there are. As in `TraceLane`.
+pub(super) const LANE_TEXT: Option<(usize, u32, u32)> = Some((3, 10, TEXTS_MOST));
 
 /// Sizes that a file must agree on with the device, and what there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,17 +54,17 @@ pub(super) struct Format {
     /// Traces that there is room for on the device.
     pub room: u32,
     /// See [`LANE_TEXT`].
-    pub lane_text: Option<(usize, u32)>,
+    pub lane_text: Option<(usize, u32, u32)>,
 }
 
 impl Format {
     /// Whether all texts that a trace names are in the table.
     fn names_known_texts(&self, trace: &[u8], slot_of: &[u32]) -> bool {
-        let Some((word, bits)) = self.lane_text else { return true };
+        let Some((word, shift, texts)) = self.lane_text else { return true };
         let known = |text: u32| slot_of.get(text as usize).is_some_and(|slot| *slot != NO_SLOT);
         trace.as_chunks::<LANE_BYTES>().0.iter().all(|lane| {
             let word = lane.as_chunks().0.get(word).map_or(0, |word| u32::from_le_bytes(*word));
-            known(word & bits)
+            known(word >> shift & (texts - 1))
         })
     }
 }

@@ -1,12 +1,12 @@
 //! What goes where in a device's memory, and how many VMs fit. Pure arithmetic.
 
-use crate::abi::{FRAME_BYTES, FRAME_MASK, Pool, TEXT_BYTES, Vm};
+use crate::abi::{FRAME_BYTES, FRAME_MASK, Pool, TEXT_BYTES, TEXTS_MOST, Vm};
 
 /// Decoded code, which all VMs share, takes this share of the memory at most, in percent.
 const CODE_PERCENT: u64 = 2;
 /// Texts, and bytes of traces for each of them. What booting Linux makes is 350, with 25,000 traces of 512 bytes for a VM
 /// and more than 262,144 for 24,576 VMs, which begin new ones wherever an interrupt or the end of a slice finds them.
-const TEXTS: std::ops::RangeInclusive<u64> = 512..=4096;
+const TEXTS: std::ops::RangeInclusive<u64> = 512..=TEXTS_MOST as u64;
 const TRACES_COST: u64 = 128 * 512;
 /// Entries of the hash table for each text.
 const SLOTS_PER_TEXT: u64 = 4;
