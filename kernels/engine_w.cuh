@@ -284,14 +284,12 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                 leave = VM_LANES == 32 ? warp_or(leave) : group_shuffle(leave, n);
             }
             pc = target & ~3u;
-            if (left == 0 || target & END_STEP) {
-                if ((target & 3) == (END_STEP | END_BEHIND)) { // a jump to no word: a step will say so
-                    if (VM_LANES == 32)
-                        pc = warp_or(mine ? here & ~3u : 0);
-                    else
-                        pc = group_shuffle(here & ~3u, n);
-                }
-                leave = left == 0 ? LEAVE_LIMIT : LEAVE_STEP;
+            bool leaves = left == 0 || target & END_STEP;
+            if (VM_LANES == 32 ? leaves : warp_any(leaves)) {
+                // A jump to no word stays where it is: a step will say so.
+                u32 stays = VM_LANES == 32 ? warp_or(mine ? here & ~3u : 0) : group_shuffle(here & ~3u, n);
+                if ((target & 3) == (END_STEP | END_BEHIND)) pc = stays;
+                if (leaves) leave = left == 0 ? LEAVE_LIMIT : LEAVE_STEP;
             }
             if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
             if (UNLIKELY(VM_LANES == 32 ? leave : warp_any(leave != LEAVE_NOT))) break;

@@ -120,14 +120,10 @@ fn warps_at_once(registers: u32) -> u32 {
     (65536 / 32 / registers.max(1)).clamp(1, 64)
 }
 
-/// Warps in each block for so many of them. Small blocks spread evenly; a multiprocessor takes 16 to 32 blocks, so that
-/// many warps need larger ones.
-fn warps_per_block(warps: u32, multiprocessors: u32) -> u32 {
-    match warps.div_ceil(multiprocessors.max(1)) {
-        0..=16 => 1,
-        17..=32 => 2,
-        _ => 4,
-    }
+/// Warps in each block where a multiprocessor is to run so many at once, in at most so many blocks. The smaller the
+/// blocks, the more evenly they are spread, and the earlier another one can take the place of one that has ended.
+fn warps_per_block(at_once: u32, blocks: u32) -> u32 {
+    at_once.div_ceil(blocks.max(1)).max(1)
 }
 
 impl Device {
@@ -146,9 +142,9 @@ impl Device {
         let kind = config.engine.pick(vms, properties.multiprocessors);
         let warps = kind.warps(vms);
         let registers = config.registers.unwrap_or(registers(warps, properties.multiprocessors));
+        let warps_each = warps.div_ceil(properties.multiprocessors.max(1)).min(warps_at_once(registers));
         // What is not on the device at once needs no shared memory.
-        let at_once = vms
-            .min(properties.multiprocessors.saturating_mul(warps_at_once(registers) * kind.vms_per_warp()));
+        let at_once = vms.min(properties.multiprocessors.saturating_mul(warps_each * kind.vms_per_warp()));
         let translations = Translations::pick(at_once, properties.multiprocessors, properties.shared_bytes);
         let shared_bytes = translations.shared_bytes() * kind.vms_per_warp();
         let code = cubin::kernels(compiler, &properties.arch(), kind, translations, registers, cache)?;
@@ -161,7 +157,7 @@ impl Device {
         );
         let resources = run.resources()?;
         let fit = (properties.shared_bytes / shared_bytes).clamp(1, 32);
-        let wanted = config.warps_per_block.unwrap_or(warps_per_block(warps, properties.multiprocessors));
+        let wanted = config.warps_per_block.unwrap_or(warps_per_block(warps_each, properties.blocks));
         let warps_per_block = wanted.clamp(1, fit);
         run.allow_shared(warps_per_block * shared_bytes)?;
 
@@ -456,6 +452,17 @@ mod tests {
         assert_eq!([2641, 4096, 32_768].map(|vms| registers(vms, 132)), [64; 3]);
         assert_eq!(registers(1024, 20), 64);
         assert_eq!(registers(1, 0), 128);
-        assert_eq!([1, 2112, 2113, 4096, 4225].map(|warps| warps_per_block(warps, 132)), [1, 1, 2, 2, 4]);
+    }
+
+    #[test]
+    fn blocks_are_as_small_as_fits() {
+        assert_eq!(
+            [(0, 32), (1, 32), (32, 32), (33, 32), (64, 32)].map(|(w, b)| warps_per_block(w, b)),
+            [1, 1, 1, 2, 2]
+        );
+        assert_eq!(
+            [(16, 16), (17, 16), (48, 16), (48, 24), (8, 0)].map(|(w, b)| warps_per_block(w, b)),
+            [1, 2, 3, 2, 8]
+        );
     }
 }

@@ -108,6 +108,8 @@ pub struct Properties {
     pub capability: (u32, u32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Blocks that a multiprocessor runs at once, at most.
+    pub blocks: u32,
     /// Bytes of shared memory that a block may have, if its kernel asks for it.
     pub shared_bytes: u32,
 }
@@ -154,6 +156,7 @@ impl Context {
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            blocks: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR)?,
             shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         };
         let mut handle = std::ptr::null_mut();
