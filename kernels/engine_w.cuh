@@ -259,6 +259,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                 next = group_shuffle(stops ? 0 : follows, n);
             }
             u32 counted = n + (target & ~(target >> 1) & END_BEHIND);
+            warp_sync(); // all have read their operands
             // Those that no other one writes again.
             slot_write_if(counted - 1 - member < more >> 27, slot, more & 31u << 2, value);
             left -= counted;
@@ -268,7 +269,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                 if (next == BUSY) next = 0;
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
                 bool branch = (kind == T_BRANCH) & !stops & !last_lane;
-                bool returns = kind == T_JALR || (kind == T_BRANCH && has(op, LANE_RETURNS));
+                bool returns = (kind == T_BRANCH || kind == T_JALR) && has(op, LANE_RETURNS | LANE_OPEN);
                 bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES) & !last_lane;
                 if (looks & mine & !stops & (branch | page_left | returns)) {
                     u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;

@@ -251,11 +251,9 @@ SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
         u32 way = branch ? kind | HINT_KNOWN : seen & (HINT_KNOWN | HINT_TAKEN);
         bool agrees = kind == LEARN_TARGET ? read_through(target) == to
                                            : branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
-        // Expected, but the trace does not go there: it is older, or full at that place. What has an offset
-        // is not expected, nor is the start of the page, which stands for nothing.
-        bool never = kind == LEARN_TARGET && (text->words[at % TEXT_WORDS] >> 20 || to == 0);
-        bool late = agrees && kind == LEARN_TARGET && (chance & 3);
-        if (!never && (agrees ? !late : !(chance & ((1u << 2 * changes) - 1)))) {
+        // 0 stands for a target that is not known.
+        bool believed = agrees || !(chance & ((1u << 2 * changes) - 1));
+        if (believed && !(kind == LEARN_TARGET && to == 0)) {
             if (!agrees) {
                 if (changes < HINT_CHANGES_MOST) changes++;
                 *hint = (u8)(way | changes * HINT_CHANGE);

@@ -68,6 +68,9 @@ enum TraceAlu : u32 {
 #define BRANCH_SIGNED 4u
 #define BRANCH_RETURNS 8u // a JALR that is expected to lead to operand 2 plus the immediate
 
+// JALR details: it ends the trace only because it is not known where it leads.
+#define JALR_OPEN 1u
+
 // How a trace ends, in bits 1:0 of where it goes on: before the lane at which it is left, behind it, or
 // before it and something has to be done there first; both bits: a jump to no word, before it too. In
 // TraceLane::at END_BEHIND marks the last lane of a trace that has no lane for what follows.
@@ -91,6 +94,7 @@ enum TraceAlu : u32 {
 //          of operations  7 operand 2 is taken away   27:24 number of one that is not simple   31:30 factor
 //          of accesses    25:24 bytes - 1             30 signed
 //          of branches    7 signed                    30 inverted   24 a JALR, see BRANCH_RETURNS
+//          of JALRs       24 see JALR_OPEN
 //   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page: FRAME_BYTES for a
 //          T_EXIT that leads to another page
 //   at     1:0 how it ends if this is the lane behind the last one; the rest: where the instruction is,
@@ -108,6 +112,7 @@ struct alignas(16) TraceLane {
 #define LANE_SIGNED (1u << 30)
 #define LANE_INVERTED (1u << 30)
 #define LANE_RETURNS (1u << 24)
+#define LANE_OPEN (1u << 24)
 #define LANE_ELSEWHERE 1u
 #define LANE_TEXT_SHIFT 10u
 #define LANE_TEXT_MASK ((TEXTS_MOST - 1) << LANE_TEXT_SHIFT)
@@ -326,15 +331,17 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         if (rs1 == PAGE_SLOT) known1 = register_known(PAGE_SLOT, 0, PAGE_SLOT, 0), offset1 = here_page;
         bool accesses = kind == T_LOAD || kind == T_STORE;
         bool sums = kind == T_ALU && !(detail & ~A_MINUS), minus = detail & A_MINUS;
-        // A JALR that leads where another instruction of the trace says, or where it has led before.
-        bool returns = kind == T_JALR && imm == 0 && (known1 >> 8 & 0x7f) != PAGE_SLOT;
+        // A JALR that leads where no instruction of the trace says, but perhaps where it has led before.
+        bool open =
+            kind == T_JALR && imm == 0 && (known1 >> 8 & 0x7f) != PAGE_SLOT && length + 1 < TRACE_LENGTH;
         u32 to = 0;
-        if (returns) {
+        if (open) {
             to = warp_shuffle(read_through(&here_text->targets[at]), 0);
-            u32 there = here_page + (to & ~(FRAME_BYTES - 1)), va = PAGE_OF(pc) + there;
-            returns = to && length + 1 < TRACE_LENGTH;
-            if (PAGE_OF(to)) returns &= slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES].tag == (va | mode);
+            u32 va = PAGE_OF(pc) + here_page + PAGE_OF(to);
+            if (PAGE_OF(to) && slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES].tag != (va | mode)) to = 0;
         }
+        bool returns = to;
+        if (kind == T_JALR) detail = open ? JALR_OPEN : 0;
         TraceOperand one = operand_of(known1, offset1, accesses || sums || (kind == T_JALR && !returns));
         TraceOperand two = operand_of(known2, offset2, kind == T_ALU);
         if (kind == T_ALU && !minus) imm += one.offset + two.offset;
@@ -442,6 +449,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         less = detail & BRANCH_LESS;
         mark = MARK_BRANCH + my_level;
     }
+    if (kind == T_JALR && (detail & JALR_OPEN)) out.op |= LANE_OPEN;
     out.at = my_at | ends;
     out.more = (elsewhere ? LANE_ELSEWHERE : 0) | my_rd << 2 | (less ? 1u << 7 : 0) |
                my_text << LANE_TEXT_SHIFT | mark << 22 | (my_next - lane) << 27;
