@@ -188,7 +188,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                         }
                         u32 over = rounds_over(round);
                         levels = lane_rest(op, work, either, over);
-                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member < n ? levels : 0);
+                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member <= n ? levels : 0);
                     }
                 }
                 if (round & (ROUND_LOAD | ROUND_STORE)) {
@@ -218,7 +218,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                             if (member >= n) work = 0;
                         }
                         levels = lane_rest(op, work, either, over);
-                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member < n ? levels : 0);
+                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member <= n ? levels : 0);
                     }
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
                     bool at_hand = differs == 0;
