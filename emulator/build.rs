@@ -2,7 +2,7 @@
 //! page's terminal if it is in the cache.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[path = "src/abi.rs"]
 #[allow(dead_code)]
@@ -102,20 +102,38 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // MACHINE_SANITIZE=undefined: undefined behaviour in the machine stops the process (for tests; slow).
     println!("cargo::rerun-if-env-changed=MACHINE_SANITIZE");
     let sanitize = std::env::var("MACHINE_SANITIZE").unwrap_or_default();
-    let mut build = cc::Build::new();
-    if !sanitize.is_empty() {
-        build.flag(format!("-fsanitize={sanitize}")).flag("-fsanitize-undefined-trap-on-error");
+    // Engine L for tests alone: four VMs in a warp, beside the one with a VM for itself.
+    if std::env::var_os("CARGO_CFG_WINDOWS").is_none() {
+        let mut shared = machine_build(&kernels, &out, &sanitize);
+        shared.define("VMS_PER_WARP", "4").file(kernels.join("tests/warp_cpu.cpp"));
+        for name in ["slots", "lane", "sync", "ballot", "shuffle", "exchange"] {
+            shared.define(&format!("warp_{name}"), format!("warp_{name}_l4").as_str());
+        }
+        for name in ["switch_stack", "warp_run", "warp_share", "warp_forget"] {
+            shared.define(&format!("machine_{name}"), format!("machine_{name}_l4").as_str());
+        }
+        shared.try_compile("machine_l4")?;
     }
+    let mut build = machine_build(&kernels, &out, &sanitize);
     // GCC for Windows knows neither its types nor its sections; no test of the machine runs there.
     if std::env::var_os("CARGO_CFG_WINDOWS").is_none() {
         build.file(kernels.join("tests/warp_cpu.cpp")); // linked into tests alone
     }
+    build.file(kernels.join("engine_cpu.cpp")).file(kernels.join("tests/step_cpu.cpp")); // the latter for tests alone
+    build.try_compile("machine")?;
+    Ok(())
+}
+
+/// How the machine is compiled for the CPU.
+fn machine_build(kernels: &Path, out: &Path, sanitize: &str) -> cc::Build {
+    let mut build = cc::Build::new();
+    if !sanitize.is_empty() {
+        build.flag(format!("-fsanitize={sanitize}")).flag("-fsanitize-undefined-trap-on-error");
+    }
     build
         .cpp(true)
-        .file(kernels.join("engine_cpu.cpp"))
-        .file(kernels.join("tests/step_cpu.cpp")) // linked into tests alone
-        .include(&kernels)
-        .include(&out)
+        .include(kernels)
+        .include(out)
         .std("c++17")
         .opt_level(2) // also in debug builds: the threaded code needs the compiler's tail calls
         .debug(false)
@@ -129,7 +147,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .flag_if_supported("-fcf-protection=none")
         .flag("-Wno-unused-function")
         .cpp_link_stdlib(None)
-        .warnings(true)
-        .try_compile("machine")?;
-    Ok(())
+        .warnings(true);
+    build
 }

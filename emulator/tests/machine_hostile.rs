@@ -236,7 +236,7 @@ proptest! {
 fn effort() -> u64 {
     match By::environment() {
         By::Threaded | By::Step => 1,
-        By::Warp => 15,
+        By::Warp | By::WarpShared => 15,
         By::Cuda(_) => 60,
     }
 }

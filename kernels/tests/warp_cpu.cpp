@@ -41,18 +41,23 @@ thread_local Warp *warp;
 enum What : u32 { SYNC = 1, BALLOT, SHUFFLE, SHUFFLE_WIDE, EXCHANGE };
 
 #if defined(__x86_64__)
+// build.rs renames what the two builds of this file would both define.
+#define NAME_OF(name) #name
+#define NAME(name) NAME_OF(name)
 // Saves what a call has to keep (System V AMD64 ABI 3.2.1) and goes on with another stack.
 extern "C" void machine_switch_stack(void **from, void *to);
 __asm__(".text\n"
         ".p2align 4\n"
-        ".hidden machine_switch_stack\n"
-        ".globl machine_switch_stack\n"
-        "machine_switch_stack:\n"
-        "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
-        "mov %rsp, (%rdi)\n"
-        "mov %rsi, %rsp\n"
-        "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n"
-        "ret\n");
+        ".hidden " NAME(machine_switch_stack) "\n"
+                                              ".globl " NAME(machine_switch_stack) "\n" NAME(
+                                                  machine_switch_stack) ":\n"
+                                                                        "push %rbp\n push %rbx\n push %r12\n "
+                                                                        "push %r13\n push %r14\n push %r15\n"
+                                                                        "mov %rsp, (%rdi)\n"
+                                                                        "mov %rsi, %rsp\n"
+                                                                        "pop %r15\n pop %r14\n pop %r13\n "
+                                                                        "pop %r12\n pop %rbx\n pop %rbp\n"
+                                                                        "ret\n");
 #endif
 
 void go_to(u32 lane) {
@@ -142,8 +147,10 @@ extern "C" void machine_warp_forget(const Pool *pool, u32 vm) {
     if (pool->saved_ptr) saved_of(pool, vm)[SAVED_WORDS - 1] = 0;
 }
 
-extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
-                                 SliceResult *result) {
+// A slice of each of these VMs, VMS_PER_WARP of them at most: at once, and all with the same request.
+extern "C" void machine_warp_share(u32 count, Vm *const *vms, Pool *pool, Mailbox *const *mails,
+                                   const SliceRequest *request, SliceResult *results) {
+    if (count == 0 || count > VMS_PER_WARP) abort();
     if (!warp) {
         warp = (Warp *)malloc(sizeof(Warp));
         memset((void *)warp, 0, sizeof(Warp));
@@ -152,7 +159,9 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     if (!pool->text_ptr) code_memory(pool);
     Warp *w = warp;
     for (u32 i = 0; i < VMS_PER_WARP; i++) {
-        slot_open(&w->slots[i], i ? 0 : vm, pool, mail, saved_of(pool, vm->number), request, result);
+        u32 of = i < count ? i : 0;
+        slot_open(&w->slots[i], i < count ? vms[i] : 0, pool, mails[of], saved_of(pool, vms[of]->number),
+                  request, &results[of]);
     }
     w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {
@@ -174,5 +183,12 @@ extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, cons
     }
     w->lane = LANES;
     go_to(0);
-    if (result->code_full) forget_code(pool);
+    bool full = false;
+    for (u32 i = 0; i < count; i++) full |= results[i].code_full != 0;
+    if (full) forget_code(pool);
+}
+
+extern "C" void machine_warp_run(void *, Vm *vm, Pool *pool, Mailbox *mail, const SliceRequest *request,
+                                 SliceResult *result) {
+    machine_warp_share(1, &vm, pool, &mail, request, result);
 }

@@ -174,6 +174,10 @@ pub fn command(args: &TestArgs) -> miette::Result<()> {
     let mut tests = machine(&root);
     tests.env("MACHINE_ENGINE", "warp");
     counted(&mut tally, "the machine's tests on the GPU's engine, its warps made of fibers", tests, None);
+    let mut tests = cargo(&root, ["test", "--workspace", "--no-fail-fast"]);
+    tests.args(["--test", "machine_differential"]);
+    tests.env("MACHINE_ENGINE", "warp-l4");
+    counted(&mut tally, "instructions on the GPU's engine with several VMs in a warp", tests, None);
     if args.sanitize {
         let mut tests = machine(&root);
         tests.env("MACHINE_SANITIZE", "undefined");

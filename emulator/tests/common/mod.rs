@@ -57,7 +57,20 @@ unsafe extern "C" {
         result: *mut SliceResult,
     );
     fn machine_warp_forget(pool: *const Pool, vm: u32);
+    /// The same with [`SHARED`] VMs in a warp.
+    fn machine_warp_share_l4(
+        count: u32,
+        vms: *const *mut Vm,
+        pool: *mut Pool,
+        mails: *const *mut Mailbox,
+        request: *const SliceRequest,
+        results: *mut SliceResult,
+    );
+    fn machine_warp_forget_l4(pool: *const Pool, vm: u32);
 }
+
+/// VMs in a warp of [`By::WarpShared`].
+const SHARED: usize = 4;
 
 /// What runs the slices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,24 +81,29 @@ pub enum By {
     Step,
     /// The GPU's engine W, its warp made of fibers.
     Warp,
+    /// The GPU's engine L with [`SHARED`] VMs in a warp of fibers.
+    WarpShared,
     /// An engine of the GPU on a GPU.
     Cuda(EngineKind),
 }
 
 impl By {
-    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `cuda` or for instance `cuda-l8`, or nothing.
+    /// As the variable MACHINE_ENGINE says: `step`, `warp`, `warp-l4`, `cuda` or for instance `cuda-l8`, or nothing.
     pub fn environment() -> Self {
         match std::env::var("MACHINE_ENGINE").as_deref() {
             Err(_) | Ok("") => Self::Threaded,
             Ok("step") => Self::Step,
             Ok("warp") => Self::Warp,
+            Ok("warp-l4") => Self::WarpShared,
             Ok("cuda") => Self::Cuda(EngineKind::W),
             Ok(other) => {
                 let kind = EngineKind::ALL
                     .into_iter()
                     .find(|kind| other.strip_prefix("cuda-").is_some_and(|name| name == kind.name()));
                 Self::Cuda(kind.unwrap_or_else(|| {
-                    panic!("MACHINE_ENGINE={other}: expected step, warp, cuda or for instance cuda-l8")
+                    panic!(
+                        "MACHINE_ENGINE={other}: expected step, warp, warp-l4, cuda or for instance cuda-l8"
+                    )
                 }))
             }
         }
@@ -93,7 +111,7 @@ impl By {
     /// Of the engines that are for tests alone, the entry.
     pub fn function(self) -> Option<EngineFunction> {
         match self {
-            Self::Threaded | Self::Cuda(_) => None,
+            Self::Threaded | Self::WarpShared | Self::Cuda(_) => None,
             Self::Step => Some(machine_step_run),
             Self::Warp => Some(machine_warp_run),
         }
@@ -210,6 +228,30 @@ impl Bench {
             }
             // SAFETY: it is built from the same headers; `&mut self` is the only user of the VM.
             results.extend(vms.iter().map(|vm| unsafe { machines.run_on(function, *vm, &request) }));
+        } else if self.by == By::WarpShared {
+            let places = machines.places();
+            // SAFETY: the pool is the machines', which number their VMs so, and no engine runs.
+            changed.iter().for_each(|vm| unsafe { machine_warp_forget_l4(places.pool, *vm) });
+            for some in vms.chunks(SHARED) {
+                let mut ran = [SliceResult::default(); SHARED];
+                // SAFETY: VMs and mailboxes lie one behind the other, and these are their numbers.
+                let at = some.iter().map(|vm| unsafe { places.vms.add(*vm as usize) }).collect::<Vec<_>>();
+                // SAFETY: as above.
+                let mails = some.iter().map(|vm| unsafe { places.mailboxes.add(*vm as usize) });
+                let mails = mails.collect::<Vec<_>>();
+                // SAFETY: it is built from the same headers; `&mut self` is the only user of the VMs.
+                unsafe {
+                    machine_warp_share_l4(
+                        some.len() as u32,
+                        at.as_ptr(),
+                        places.pool,
+                        mails.as_ptr(),
+                        &request,
+                        ran.as_mut_ptr(),
+                    );
+                }
+                results.extend(some.iter().zip(ran).map(|(vm, result)| machines.ran(*vm, result)));
+            }
         } else if let By::Cuda(kind) = self.by {
             // SAFETY: as above, and it is dropped before the machines.
             let gpu = self.gpu.get_or_insert_with(|| unsafe { gpu(kind).seat(machines) }.unwrap());
