@@ -35,6 +35,9 @@ const NO_SLOT: u32 = u32::MAX;
 /// Words of a text, and of them those that say where traces start, behind the page's own.
 const TEXT_WORDS: usize = TEXT_BYTES as usize / 4;
 const INDEX: std::ops::Range<usize> = FRAME_BYTES as usize / 4..FRAME_BYTES as usize / 2;
+/// Behind them a byte for each word of the page, whose uppermost bit says that a warp is making a trace anew.
+const HINTS: std::ops::Range<usize> = INDEX.end..INDEX.end + FRAME_BYTES as usize / 16;
+const NOT_CLAIMED: u32 = 0x7f7f_7f7f;
 /// Bytes of a trace's lane.
 const LANE_BYTES: usize = 16;
 /// Where a lane names a text, if it does: which word, its lowest bit, and how many there are. As in `TraceLane`.
@@ -119,6 +122,7 @@ impl Decoded {
                 }
                 count = count.max(*entry);
             }
+            text[HINTS].iter_mut().for_each(|hints| *hints &= NOT_CLAIMED);
         }
         let traces = traces(count as usize)?;
         let mut entries: Vec<&mut u32> = words

@@ -51,7 +51,9 @@ fn what_is_written_is_read_again() {
 #[test]
 fn what_is_unfinished_is_left_out() {
     // Text 1 is being made: the table does not lead to it yet. Text 2 has a trace that is being made.
-    let device = [text(7, &[4, BUSY]), text(8, &[6, 7]), text(9, &[BUSY, 2, 99])];
+    let mut device = [text(7, &[4, BUSY]), text(8, &[6, 7]), text(9, &[BUSY, 2, 99])];
+    // Of text 3 a trace is being made anew; nobody would make it again if that stayed so.
+    device[2][HINTS.start..HINTS.start + 2].copy_from_slice(&[0x0580_8106, 0x2a]);
     let decoded = gather(&[(1, 1), (2, BUSY), (3, 3), (4, 9), (5, u32::MAX - 1)], &device);
     assert_eq!((decoded.texts(), decoded.trace_count()), (3, 2));
     assert_eq!(decoded.slot_of, [1, NO_SLOT, 3]);
@@ -59,6 +61,7 @@ fn what_is_unfinished_is_left_out() {
         decoded.words[n * TEXT_WORDS..][INDEX].iter().copied().filter(|entry| *entry != 0).collect::<Vec<_>>()
     };
     assert_eq!((index(0), index(1), index(2)), (vec![2], vec![], vec![1]));
+    assert_eq!(decoded.words[2 * TEXT_WORDS..][HINTS][..3], [0x0500_0106, 0x2a, 0]);
     let table = decoded.table();
     assert_eq!((table[1], table[3], table.iter().filter(|entry| **entry != 0).count()), (1, 3, 2));
     assert_eq!(Decoded::decode(decoded.encode(), FORMAT).map(in_memory), Ok(decoded));
