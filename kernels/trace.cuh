@@ -149,6 +149,7 @@ struct Text {
 #define HINT_CHANGES_MOST 8u
 #define HINT_CLAIMED 0x80u
 
+static_assert(TEXT_BYTES % (1u << LANE_TEXT_SHIFT) == 0, "a text's place is a multiple of TraceLane::more");
 static_assert(sizeof(Text) == TEXT_BYTES && sizeof(TraceLane) * 32 == TRACE_BYTES, "see abi.rs");
 static_assert(sizeof(VmSlot) == 8 * (DATA_ENTRIES + FETCH_ENTRIES) + VM_SLOT_BYTES, "see abi.rs");
 
