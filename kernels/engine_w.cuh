@@ -46,11 +46,11 @@ FN bool lane_leaves(u32 op, u32 a, u32 b, u32 sign, u32 less) {
 static_assert(TRACE_LEVELS <= 7, "a byte has a bit for each level, and one that is shifted down to none");
 
 FN u32 lane_level(u32 op) { return op >> 3 & 7; }
-FN u32 lane_rest(u32 op, u32 work, u32 either, u32 over) {
-    return (1u << lane_level(op) >> over) + (work & either) * (1u << PART_SHIFT);
+FN u32 lane_rest(u32 op, u32 work, u32 either, u32 past) {
+    return (1u << lane_level(op) >> past) + (work & either) * (1u << PART_SHIFT);
 }
-// Rounds that are over.
-FN u32 rounds_over(u32 round) { return 31 - last_of(round); }
+// Rounds that are past.
+FN u32 rounds_past(u32 round) { return 31 - last_of(round); }
 
 // Prepares a slot; `vm` is null if there is no VM for it.
 FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
@@ -186,9 +186,9 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                             if (has(op, LANE_RETURNS)) lane_page = a - t.imm; // that is where it leads
                             if (member >= n) work = 0;
                         }
-                        u32 over = rounds_over(round);
-                        levels = lane_rest(op, work, either, over);
-                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member <= n ? levels : 0);
+                        u32 past = rounds_past(round);
+                        levels = lane_rest(op, work, either, past);
+                        round = warp_or(work) | ROUND_TOP >> past, rest = warp_or(member <= n ? levels : 0);
                     }
                 }
                 if (round & (ROUND_LOAD | ROUND_STORE)) {
@@ -203,9 +203,9 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
                         u32 from = first_of(group_ballot(misses));
-                        u32 over = rounds_over(round);
+                        u32 past = rounds_past(round);
                         u32 undecided =
-                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && lane_level(op) > over);
+                            group_ballot(kind >= T_LOAD && kind <= T_BRANCH && lane_level(op) > past);
                         if (VM_LANES == 32 || from <= n) {
                             n = from, stops = true, turns = false;
                             if (!(undecided & ((1u << from) - 1)) && member == from) {
@@ -217,8 +217,8 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                             }
                             if (member >= n) work = 0;
                         }
-                        levels = lane_rest(op, work, either, over);
-                        round = warp_or(work) | ROUND_TOP >> over, rest = warp_or(member <= n ? levels : 0);
+                        levels = lane_rest(op, work, either, past);
+                        round = warp_or(work) | ROUND_TOP >> past, rest = warp_or(member <= n ? levels : 0);
                     }
                     u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
                     bool at_hand = differs == 0;

@@ -81,7 +81,6 @@ FN u32 group_shuffle(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value,
 FN u32 warp_exchange(u32 value, u32 mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
 FN u32 first_of(u32 bits) { return __ffs((int)bits) - 1; } // ~0u for none
 FN u32 last_of(u32 bits) { return 31 - __clz((int)bits); } // ~0u for none
-FN u32 count_of(u32 bits) { return (u32)__popc((int)bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return __funnelshift_r(low, high, by); }
 FN u32 atomic_add(u32 *word, u32 value) { return atomicAdd(word, value); }
 FN u32 atomic_or(u32 *word, u32 bits) { return atomicOr(word, bits); }
@@ -214,7 +213,6 @@ FN u32 group_shuffle(u32 value, u32 lane) {
 u32 warp_exchange(u32 value, u32 mask);
 FN u32 first_of(u32 bits) { return bits ? (u32)__builtin_ctz(bits) : ~0u; }
 FN u32 last_of(u32 bits) { return bits ? 31u - (u32)__builtin_clz(bits) : ~0u; }
-FN u32 count_of(u32 bits) { return (u32)__builtin_popcount(bits); }
 FN u32 funnel_right(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 FN u32 atomic_add(u32 *word, u32 value) { return __atomic_fetch_add(word, value, __ATOMIC_SEQ_CST); }
 FN u32 atomic_or(u32 *word, u32 bits) { return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST); }
@@ -297,5 +295,3 @@ FN u32 group_ballot(bool vote) {
     u32 votes = warp_ballot(vote);
     return VM_LANES == 32 ? votes : votes >> (warp_lane() & ~(VM_LANES - 1)) & VM_LANES_MASK;
 }
-// The lanes before the first of `lanes`: all if there is none.
-FN u32 lanes_before(u32 lanes) { return (lanes - 1) & ~lanes; }

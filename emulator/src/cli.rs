@@ -106,7 +106,7 @@ pub struct MachineArgs {
         value_parser = clap::value_parser!(u32).range(32..=255))]
     pub gpu_registers: Option<u32>,
 
-    /// Warps in each block [default: as few as put all on the device that fit on it].
+    /// Warps in each block [default: as few as the device takes].
     #[arg(long, value_name = "K", help_heading = "GPU tuning",
         value_parser = clap::value_parser!(u32).range(1..=16))]
     pub gpu_warps: Option<u32>,

@@ -300,7 +300,7 @@ pub struct TuningArgs {
     #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_registers: Option<u32>,
 
-    /// Warps in each block [default: by the fleet's size].
+    /// Warps in each block [default: as few as the device takes].
     #[arg(long, value_name = "K", help_heading = "GPU tuning")]
     pub gpu_warps: Option<u32>,
 

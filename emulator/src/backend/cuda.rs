@@ -105,7 +105,7 @@ pub struct Config {
     pub target: Option<Duration>,
     /// Registers of each thread. `None`: by the fleet's size.
     pub registers: Option<u32>,
-    /// Warps in each block. `None`: by the fleet's size.
+    /// Warps in each block. `None`: as few as the device takes.
     pub warps_per_block: Option<u32>,
     /// Use decoded code of earlier starts, and keep it for later ones.
     pub keep_code: bool,
