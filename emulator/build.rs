@@ -64,7 +64,7 @@ fn layout_assertions() -> String {
         Slot { len, data }
         Mailbox { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail, out, input, rx, tx }
         Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr, code_pages_per_vm, text_count, text_ptr, text_table_ptr, trace_ptr, text_capacity, text_slots, trace_capacity, trace_count, saved_ptr, code_epoch, reserved }
-        GpuSlice { vm, reserved, request }
+        GpuSlice { vm, cycles, request }
         SliceRequest { budget, now_ticks, time_mode, reserved }
         SliceResult { exit, private_frames, steps, wake_ticks, time_ticks, instret, newline_instret, rx_frames, tx_frames, net_dropped, pc, last_trap, code_pages, code_full }
     }

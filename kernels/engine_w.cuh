@@ -52,17 +52,22 @@ FN u32 lane_rest(u32 op, u32 work, u32 either, u32 past) {
 // Rounds that are past.
 FN u32 rounds_past(u32 round) { return 31 - last_of(round); }
 
-// Prepares a slot; `vm` is null if there is no VM for it.
+// Prepares a slot; `vm` is null if there is no VM for it. The slice lasts `cycles` of the clock at most, or any
+// time if that is 0.
 FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
-                  SliceResult *result) {
+                  SliceResult *result, u32 cycles) {
     slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
     slot->result = result;
     slot->x[0] = slot->x[PAGE_SLOT] = 0, slot->held_va = HELD_NONE, slot->miss = MISS_NONE;
     if (!vm) return;
     u64 most = 1ull << 31, budget = request->budget;
     slot->before = slot->limit = vm->hart.steps;
+    slot->began = warp_clock(), slot->cycles = cycles;
     slot->end = slot->before + (budget < most ? budget : most);
 }
+
+// Whether the slice has lasted long enough. What lanes read of the clock may differ.
+FN bool slice_is_late(const VmSlot *slot) { return slot->cycles && warp_clock() - slot->began > slot->cycles; }
 
 // Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
 // Of 2^32 traces `lessons` are looked at for what can be learned.
@@ -268,21 +273,35 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
             if (VM_LANES == 32 ? looks | (next == BUSY) : warp_any(looks | (next == BUSY))) {
                 if (next == BUSY) next = 0;
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
-                bool branch = (kind == T_BRANCH) & !stops & !last_lane;
-                bool returns = (kind == T_BRANCH || kind == T_JALR) && has(op, LANE_RETURNS | LANE_OPEN);
-                bool page_left = (kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES) & !last_lane;
-                if (looks & mine & !stops & (branch | page_left | returns)) {
+                bool left_here = mine & !stops & !last_lane, branch = kind == T_BRANCH;
+                bool returns = (branch || kind == T_JALR) && has(op, LANE_RETURNS | LANE_OPEN);
+                bool learns = left_here & (returns | ((kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES)));
+                u64 place = traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane);
+                if (looks & branch & (left_here | (member < n))) {
+                    learns = left_here & ((op & LANE_DOUBT) == LANE_DOUBT);
+                    u32 doubt = left_here ? op + LANE_DOUBT_ONE : op - LANE_DOUBT_ONE;
+                    store_if((!learns) & (left_here | has(op, LANE_DOUBT)), place, doubt);
+                }
+                store_if(looks & (member == 0) & !(more & LANE_USED), place + 12, more | LANE_USED);
+                if (looks & learns) {
                     u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
-                    u32 way = t.imm - 4 != (here & (FRAME_BYTES - 4));
-                    if (page_left) way = LEARN_PAGE;
-                    if (returns) way = LEARN_TARGET;
+                    u32 what = t.imm - 4 != (here & (FRAME_BYTES - 4)) ? LEARN_TAKEN : 0;
+                    if (!branch) what = LEARN_PAGE;
+                    if (returns) what = LEARN_TARGET;
                     slot_note(slot, SLOT_NOTE(own, learn_to), (target & ~3u) - PAGE_OF(here));
                     slot_note(slot, SLOT_NOTE(own, learn_at), text * TEXT_WORDS + here / 4 % TEXT_WORDS);
-                    slot_note(slot, SLOT_NOTE(own, learn), way | trace << 2);
+                    slot_note(slot, SLOT_NOTE(own, learn), LEARN_OF(what, member, trace));
                     slot_note(slot, SLOT_NOTE(own, learn_start), pc);
                     leave = LEAVE_LEARN;
                 }
-                leave = VM_LANES == 32 ? warp_or(leave) : group_shuffle(leave, n);
+                bool late = slice_is_late(own);
+                if (VM_LANES == 32) {
+                    leave = warp_or(leave);
+                    if (leave == LEAVE_NOT && warp_any(late)) leave = LEAVE_LATE;
+                } else {
+                    leave = group_shuffle(leave, n), late = group_shuffle(looks & late, 0);
+                    if (leave == LEAVE_NOT && late) leave = LEAVE_LATE;
+                }
             }
             pc = target & ~3u;
             bool leaves = left == 0 || target & END_STEP;

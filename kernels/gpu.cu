@@ -33,7 +33,7 @@ extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, con
         u32 i = first + lane < count ? first + lane : first, number = list[i].vm;
         Vm *vm = first + lane < count ? &vms[number] : 0;
         slot_open(&slots[lane], vm, pool, &mail[number], saved_of(pool, number), &list[i].request,
-                  &results[i]);
+                  &results[i], list[i].cycles);
     }
     warp_sync();
     warp_slices(slots, pool, lessons);

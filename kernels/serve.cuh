@@ -142,7 +142,8 @@ enum Leave : u32 {
     LEAVE_LIMIT,
     LEAVE_TRACE, // there is none here, or the page is not at hand
     LEAVE_STEP,  // an instruction that is not for lanes, or an access (VmSlot::miss)
-    LEAVE_LEARN
+    LEAVE_LEARN,
+    LEAVE_LATE // the slice has lasted long enough
 };
 
 // LR of a word at hand: notes its physical address. False: leave it to warp_step.
@@ -226,45 +227,45 @@ struct LaneState {
     u32 leave, pc, left, mode;
 };
 
-// In VmSlot::learn: not a branch, but a page that was not at hand when the trace was made, or a JALR that led
-// elsewhere than expected, or was not expected to lead anywhere.
+// What is to be learned: which way a branch goes, 0 on and 1 to its target; that a page that was not at hand
+// when the trace was made has been come to; where a JALR leads.
+#define LEARN_TAKEN 1u
 #define LEARN_PAGE 2u
 #define LEARN_TARGET 3u
+// VmSlot::learn; the trace's number has 25 bits (see plan.rs: 2^19 of 512 bytes at most).
+#define LEARN_OF(kind, lane, trace) ((kind) | (lane) << 2 | (trace) << 7)
 
-// A trace was left by a branch or a JALR, or at a page that was not at hand when it was made: it is to be
-// made again, going another way. What changes often is believed more and more seldom.
+// A trace is left more often than not by a branch or a JALR, or was left at a page that was not at hand when
+// it was made: it is to be made again, going another way.
 SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
     u32 at = read_through(&slot->learn_at), what = read_through(&slot->learn);
     u32 start = read_through(&slot->learn_start), to = read_through(&slot->learn_to), kind = what & 3;
+    u32 old = (what >> 7) + 1, again = 0; // what the index said, and may no longer say
     FetchEntry fetch = slot->fetch[start / FRAME_BYTES % FETCH_ENTRIES];
     FetchEntry there = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
     bool branch = kind < LEARN_PAGE, at_hand = there.tag == (PAGE_OF(s.pc) | s.mode);
     if (fetch.tag != (PAGE_OF(start) | s.mode) || !(branch || at_hand)) return;
-    u32 old = (what >> 2) + 1, again = 0; // what the index said, and may no longer say
     Text *from = text_at(slot->pool, fetch.text);
     u32 first = start / 4 % TEXT_WORDS;
     if (warp_lane() == 0) {
         Text *text = text_at(slot->pool, at / TEXT_WORDS);
-        u8 *hint = &text->hints[at % TEXT_WORDS];
-        u32 *target = &text->targets[at % TEXT_WORDS];
-        u32 seen = *(volatile u8 *)hint, changes = seen / HINT_CHANGE % HINT_CHANGES;
-        u32 way = branch ? kind | HINT_KNOWN : seen & (HINT_KNOWN | HINT_TAKEN);
-        bool agrees = kind == LEARN_TARGET ? read_through(target) == to
-                                           : branch && (seen & (HINT_KNOWN | HINT_TAKEN)) == way;
-        // 0 stands for a target that is not known.
-        bool believed = agrees || !(chance & ((1u << 2 * changes) - 1));
-        if (believed && !(kind == LEARN_TARGET && to == 0)) {
-            if (!agrees) {
-                if (changes < HINT_CHANGES_MOST) changes++;
-                *hint = (u8)(way | changes * HINT_CHANGE);
-                if (kind == LEARN_TARGET) *(volatile u32 *)target = to;
-            }
-            // Many VMs come here at the same time, and one of them is enough.
-            if (read_through(&from->index[first]) == old) again = text_claim(from, first);
+        volatile u8 *remade = &from->remade[first];
+        u32 often = *remade, seldom = often > REMADE_FREE ? often - REMADE_FREE : 0;
+        // A target of 0 stands for one that is not known. Many VMs come here at the same time, and one of them
+        // is enough.
+        if (!(chance & ((1u << seldom) - 1)) && !(kind == LEARN_TARGET && to == 0) &&
+            read_through(&from->index[first]) == old)
+            again = text_claim(from, first);
+        if (again) {
+            if (often < REMADE_MOST) *remade = (u8)(often + 1);
+            if (branch) hint_set(text, at % TEXT_WORDS, kind == LEARN_TAKEN);
+            if (kind == LEARN_TARGET) *(volatile u32 *)&text->targets[at % TEXT_WORDS] = to;
         }
     }
     if (!warp_shuffle(again, 0)) return;
-    trace_make(slot, fetch.text, start, s.mode, old);
+    TraceBefore before = {old, 32, false, to};
+    if (kind != LEARN_PAGE) before.lanes = (what >> 2 & 31) + 1, before.turns = true;
+    trace_make(slot, fetch.text, start, s.mode, before);
     if (warp_lane() == 0) text_release(from, first);
 }
 
@@ -278,12 +279,13 @@ SLOW u32 warp_begin(VmSlot *slot) {
     return events & (EV_CHECK | EV_EXIT);
 }
 
-// Interrupts, idling and the next deadline. False: the slice is over.
-SLOW bool warp_turn(VmSlot *slot, u32 events) {
+// Interrupts, idling and the next deadline. False: the slice is over, at the latest if it is `late`.
+SLOW bool warp_turn(VmSlot *slot, u32 events, bool late) {
     Machine m = machine_at(slot);
     u32 turn = TURN_RUN;
     if (warp_lane() == 0) {
         m.events = events & (EV_EXIT | EV_CHECK);
+        if (late && m.vm->hart.steps < slot->end) slot->end = m.vm->hart.steps;
         turn = take_turn(m, slot->end);
         if (turn == TURN_RUN) {
             slot->limit = next_deadline(m, slot->end);
@@ -312,7 +314,7 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
     default:
         if (lane == 0) h.pc = s.pc, h.steps = steps;
         warp_sync();
-        if (s.leave == LEAVE_LIMIT) break;
+        if (s.leave == LEAVE_LIMIT || s.leave == LEAVE_LATE) break;
         u32 miss = warp_shuffle(read_through(&slot->miss), 0);
         warp_sync();
         if (lane == 0) slot->miss = MISS_NONE;
@@ -323,7 +325,7 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
             events = found.events;
             break;
         }
-        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, 0) != BUSY) return s;
+        if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, TRACE_NEW) != BUSY) return s;
         if (miss != MISS_NONE && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
         if (s.leave == LEAVE_STEP && miss == MISS_NONE && warp_quick(slot, insn, s.mode)) {
@@ -337,9 +339,9 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
     }
     warp_sync();
     u64 now = *(volatile u64 *)&h.steps;
-    bool turns = now >= limit || (events & (EV_EXIT | EV_CHECK));
+    bool late = s.leave == LEAVE_LATE, turns = now >= limit || late || (events & (EV_EXIT | EV_CHECK));
     if (turns || s.leave == LEAVE_START) {
-        if (!warp_turn(slot, events)) {
+        if (!warp_turn(slot, events, late)) {
             s.leave = LEAVE_NOT, s.left = 0;
             return s;
         }

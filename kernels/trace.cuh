@@ -12,9 +12,11 @@
 //   - a load behind a store that could overlap it is on a higher level;
 //   - values stay in the lanes until the trace is left, and only those of lanes that count are kept.
 //
-// Which way a branch is expected to go: back if its target is behind it, else on; after a trace has been left
-// there a few times, the way that it went (Text::hints). A JALR is expected to lead where it led before
-// (Text::targets): it is a branch then that is left if it leads elsewhere.
+// Which way a branch is expected to go: back if its target is behind it, else on; once a trace has been left
+// there, the way that it went (Text::hints). A JALR is expected to lead where it led before (Text::targets):
+// it is a branch then that is left if it leads elsewhere. That is a first guess: each trace then counts for
+// each of its branches whether it is left there more often than not (LANE_DOUBT), and is made again with that
+// branch going the other way, and with all before it as they were.
 //
 // Texts hold decoded code. They are found by what a page says, not by who has it: all VMs whose page holds
 // the same instructions share one, and frames that only look alike are told apart by comparing all their
@@ -94,12 +96,13 @@ enum TraceAlu : u32 {
 //          of operations  7 operand 2 is taken away   27:24 number of one that is not simple   31:30 factor
 //          of accesses    25:24 bytes - 1             30 signed
 //          of branches    7 signed                    30 inverted   24 a JALR, see BRANCH_RETURNS
+//                         27:25 how much is known against the way that it is expected to go
 //          of JALRs       24 see JALR_OPEN
 //   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page: FRAME_BYTES for a
 //          T_EXIT that leads to another page
 //   at     1:0 how it ends if this is the lane behind the last one; the rest: where the instruction is,
 //          relative to the page of the trace's start
-//   more   0 on another page than the trace's start   6:2 rd
+//   more   0 on another page than the trace's start   1 of lane 0: the trace is in use   6:2 rd
 //          7 of operations: a | b counts, not a & b; of accesses: of less than a word; of branches: less, not
 //          same 21:10 text of the page   26:22 mark 31:27 lanes to the next one that writes rd: 0 if rd is
 //          x0, to lane 31 if there is none
@@ -113,7 +116,16 @@ struct alignas(16) TraceLane {
 #define LANE_INVERTED (1u << 30)
 #define LANE_RETURNS (1u << 24)
 #define LANE_OPEN (1u << 24)
+#define LANE_DOUBT_SHIFT 25u
+#define LANE_DOUBT_MOST 7u
+#define LANE_DOUBT_ONE (1u << LANE_DOUBT_SHIFT)
+#define LANE_DOUBT (LANE_DOUBT_MOST << LANE_DOUBT_SHIFT)
+// Of a branch that is new in a trace: nothing was known of it, or something; and of one that was turned.
+#define DOUBT_UNKNOWN 7u
+#define DOUBT_KNOWN 4u
+#define DOUBT_TURNED 2u
 #define LANE_ELSEWHERE 1u
+#define LANE_USED 2u
 #define LANE_TEXT_SHIFT 10u
 #define LANE_TEXT_MASK ((TEXTS_MOST - 1) << LANE_TEXT_SHIFT)
 static_assert(TEXTS_MOST == 1u << (22 - LANE_TEXT_SHIFT), "TraceLane::more");
@@ -137,16 +149,18 @@ FN TraceLane load_lane(u64 address) {
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said
     u32 index[TEXT_WORDS]; // trace that starts there plus one, 0 for none yet, or BUSY
-    // What traces have learned of the branch or jump there: 0 way to go, 1 it is known, 5:2 times it changed;
-    // 7: the trace that starts there is being made again.
+    // What was last learned of the branch there: 0 way to go, 1 it is known. 7: the trace that starts there is
+    // being made again.
     u8 hints[TEXT_WORDS];
     u32 targets[TEXT_WORDS]; // where the JALR there has led, relative to its page; 0: not known
+    u8 remade[TEXT_WORDS];   // how often the trace that starts there was made again, see REMADE_FREE
 };
 #define HINT_TAKEN 1u
 #define HINT_KNOWN 2u
-#define HINT_CHANGE 4u
-#define HINT_CHANGES 16u
-#define HINT_CHANGES_MOST 8u
+// So often a trace is made again as soon as there is reason to; then more and more seldom, half as often each
+// time.
+#define REMADE_FREE 8u
+#define REMADE_MOST 24u
 #define HINT_CLAIMED 0x80u
 
 static_assert(TEXT_BYTES % (1u << LANE_TEXT_SHIFT) == 0, "a text's place is a multiple of TraceLane::more");
@@ -159,8 +173,7 @@ FN TraceLane *trace_at(const Pool *pool, u32 trace) {
 }
 
 FN u32 *hint_word(Text *text, u32 word) { return (u32 *)text->hints + word / 4; }
-// Whether this warp is to make the trace there again. Other bits of a hint are written without regard to this
-// one: then another one makes it too, for nothing.
+// Whether this warp is to make the trace there again.
 FN bool text_claim(Text *text, u32 word) {
     u32 bit = HINT_CLAIMED << 8 * (word % 4);
     return !(atomic_or(hint_word(text, word), bit) & bit);
@@ -261,9 +274,23 @@ FN TraceOperand operand_of(u32 known, u32 offset, bool sums) {
     return o;
 }
 
-// Makes the trace that starts at `pc`; all lanes. BUSY if there is no room for another. It takes the place of
-// what the index says now, `old`: where that is a trace, other warps go on with it meanwhile.
-SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
+FN void hint_set(Text *text, u32 word, bool taken) {
+    u32 at = 8 * (word % 4);
+    atomic_or(hint_word(text, word), (HINT_KNOWN | HINT_TAKEN) << at);
+    if (!taken) atomic_and(hint_word(text, word), ~(HINT_TAKEN << at));
+}
+
+// What a new trace takes the place of: what the index says, 0 for none; how many of its lanes go the same way
+// again, but for the last of them, if `turns`: a branch that goes the other way, or a JALR that leads to `to`.
+struct TraceBefore {
+    u32 entry, lanes, turns, to;
+};
+#define TRACE_NEW (TraceBefore{0, 0, 0, 0})
+
+// Makes the trace that starts at `pc`; all lanes. BUSY if there is no room for another. Where the index has a
+// trace, other warps go on with it meanwhile.
+SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, TraceBefore before) {
+    const u32 old = before.entry;
     Pool *pool = slot->pool;
     Vm *vm = slot->vm;
     Text *t = text_at(pool, text);
@@ -303,6 +330,9 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
     u32 end_class = T_EXIT;
     bool any_store = false, any_decided = false; // accesses and branches so far
     bool left = false;                           // the last instruction is a jump that ends it
+    TraceLane was = {0, 0, 0, 0};
+    if (old) was = load_lane((u64)(uintptr_t)(trace_at(pool, old - 1) + lane % VM_LANES));
+    u32 my_doubt = 0;
     for (;;) {
         if (length == TRACE_LENGTH) break;
         if (at >= TEXT_WORDS) { // at the next page, or behind a jump to another one
@@ -335,9 +365,18 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         // A JALR that leads where no instruction of the trace says, but perhaps where it has led before.
         bool open =
             kind == T_JALR && imm == 0 && (known1 >> 8 & 0x7f) != PAGE_SLOT && length + 1 < TRACE_LENGTH;
-        u32 to = 0;
+        u32 to = 0, doubt = 0, was_op = 0, was_imm = 0;
+        bool again = false, turned = false; // as it was, or not as it was
+        if (kind == T_BRANCH || open) {
+            was_op = warp_shuffle(was.op, length), was_imm = warp_shuffle(was.imm, length);
+            bool same = length < before.lanes && (warp_shuffle(was.at, length) & ~3u) == here_page + 4 * at;
+            turned = same && before.turns && length + 1 == before.lanes;
+            again = same && !turned && (was_op & 7) == T_BRANCH;
+            doubt = again ? was_op >> LANE_DOUBT_SHIFT & LANE_DOUBT_MOST : turned ? DOUBT_TURNED : DOUBT_KNOWN;
+        }
         if (open) {
-            to = warp_shuffle(read_through(&here_text->targets[at]), 0);
+            to = again ? was_imm - here_page : before.to;
+            if (!again && !turned) to = warp_shuffle(read_through(&here_text->targets[at]), 0);
             u32 va = PAGE_OF(pc) + here_page + PAGE_OF(to);
             if (PAGE_OF(to) && slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES].tag != (va | mode)) to = 0;
         }
@@ -365,6 +404,9 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         at++;
         if (kind == T_BRANCH) {
             bool taken = hints & HINT_KNOWN ? hints & HINT_TAKEN : imm < 4 * here;
+            // One that leads to the next instruction is taken for taken: that makes no difference.
+            if (again || turned) taken = (was_imm == 4 * here + 4) != turned;
+            if (!again && !turned && !(hints & HINT_KNOWN)) doubt = DOUBT_UNKNOWN;
             if (taken && !last) { // left if it is not taken
                 at = (i32)imm >> 2;
                 imm = 4 * here + 4, detail ^= BRANCH_INVERT;
@@ -395,11 +437,11 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         if (lane == length) {
             mine = (u64)(kind | detail << 3) | (u64)imm << 32;
             my_level = level, my_operands = one.name | two.name << 7, my_at = here_page + 4 * here;
-            my_text = here_number, my_rd = rd & 31;
+            my_text = here_number, my_rd = rd & 31, my_doubt = doubt << LANE_DOUBT_SHIFT;
             if (rd == SINK) my_next = lane;
         }
-        u32 before = warp_shuffle(writer, rd & 31);
-        if (rd != SINK && lane == before) my_next = length;
+        u32 earlier = warp_shuffle(writer, rd & 31);
+        if (rd != SINK && lane == earlier) my_next = length;
         if (lane == rd) {
             writer = length;
             u32 made = OPERAND_MADE | length, base = made, base_level = level + 1;
@@ -446,7 +488,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, u32 old) {
         mark = (kind == T_LOAD ? MARK_LOAD : MARK_STORE) + my_level;
     } else if (kind == T_BRANCH) {
         out.op |= (detail & BRANCH_SIGNED ? 1u << 7 : 0) | (detail & BRANCH_INVERT ? LANE_INVERTED : 0) |
-                  (detail & BRANCH_RETURNS ? LANE_RETURNS : 0);
+                  (detail & BRANCH_RETURNS ? LANE_RETURNS : 0) | my_doubt;
         less = detail & BRANCH_LESS;
         mark = MARK_BRANCH + my_level;
     }
@@ -497,7 +539,7 @@ SLOW u32 text_find(Pool *pool, Vm *vm, u32 frame) {
         if (made != NO_TEXT) {
             Text *t = text_at(pool, made);
             for (u32 i = lane; i < TEXT_WORDS; i += 32)
-                t->words[i] = words[i], t->index[i] = 0, t->hints[i] = 0, t->targets[i] = 0;
+                t->words[i] = words[i], t->index[i] = 0, t->hints[i] = t->remade[i] = 0, t->targets[i] = 0;
             publish_fence();
             warp_sync();
             if (lane == 0) {

@@ -44,8 +44,8 @@ struct alignas(8) VmSlot {
     u32 large;            // 4 MiB that have large pages here, see large_mark
     // What the lanes leave their loop for, see warp_serve: the access whose page is not at hand, ...
     u32 miss_va, miss; // MISS_NONE, MISS_LOAD or MISS_STORE
-    // ... and what is to be learned: text and word of the branch or jump; which way it went, or LEARN_PAGE or
-    // LEARN_TARGET, and four times the trace; where that started; where the jump led, relative to its page.
+    // ... and what is to be learned: text and word of the branch or jump; LEARN_WAY and so on, its lane and the
+    // trace (LEARN_OF); where that started; where the jump led, relative to its page.
     u32 learn_at, learn, learn_start, learn_to;
     Vm *vm;
     Pool *pool;
@@ -54,6 +54,7 @@ struct alignas(8) VmSlot {
     SliceResult *result;
     u64 *saved;             // translations from slice to slice, or null
     u64 before, end, limit; // steps: at the start of the slice, at its end, at the next deadline
+    u32 began, cycles;      // of the clock: at the start of the slice, and how many it may last, 0: any
 };
 
 // Where a word of the slot is, for slot_note.
@@ -106,6 +107,12 @@ template <u32 BYTE> FN u32 byte_of(u32 word) {
     u32 byte;
     asm("prmt.b32 %0, %1, 0, %2;" : "=r"(byte) : "r"(word), "n"(0x4440 | BYTE));
     return byte;
+}
+// Cycles of the multiprocessor.
+FN u32 warp_clock() {
+    u32 clock;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+    return clock;
 }
 // Differs from warp to warp, and takes no register.
 FN u32 warp_seed() {
@@ -201,6 +208,7 @@ FN void store_part_if(bool take, u64 address, bool two, u32 value) {
 #else
 VmSlot *warp_slots();
 u32 warp_lane();
+u32 warp_clock();
 void warp_sync();
 FN void warp_together() { warp_sync(); }
 u32 warp_ballot(bool vote);

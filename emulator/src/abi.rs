@@ -57,8 +57,8 @@ pub const CODE_PAGE_BYTES: u32 = 8192 + 64;
 pub const CODE_PAGES_PER_VM: u32 = 128;
 
 /// Bytes of one text of engine W: a page's words, where in it traces start, and what was learned of its branches and of
-/// its jumps.
-pub const TEXT_BYTES: u32 = 3 * FRAME_BYTES + FRAME_BYTES / 4;
+/// its jumps, and how often traces were made again.
+pub const TEXT_BYTES: u32 = 3 * FRAME_BYTES + FRAME_BYTES / 2;
 /// Bytes of one trace of engine W: 32 lanes of 16 bytes. With k VMs in a warp a trace has 32 / k lanes.
 pub const TRACE_BYTES: u32 = 512;
 /// Texts that a device has room for at most: a lane of a trace names one in 12 bits.
@@ -75,7 +75,7 @@ pub const LESSONS_OFTEN: u32 = 0x2545_f491;
 /// The same for decoded code that has been learned from in an earlier start: one of 56. A lesson costs a trace.
 pub const LESSONS_SELDOM: u32 = 0x0492_4925;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
-pub const VM_SLOT_BYTES: u32 = 240;
+pub const VM_SLOT_BYTES: u32 = 248;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;
@@ -450,8 +450,9 @@ pub struct Pool {
 pub struct GpuSlice {
     /// VM number.
     pub vm: u32,
-    /// Padding.
-    pub reserved: u32,
+    /// The slice ends early once its warp has run for so many cycles of its multiprocessor, at the next chance; 0: for any
+    /// time. So a launch does not wait for those of its VMs that take longest.
+    pub cycles: u32,
     /// What to run.
     pub request: SliceRequest,
 }

@@ -93,6 +93,11 @@ void lane_main() {
 
 VmSlot *warp_slots() { return warp->slots; }
 u32 warp_lane() { return warp->lane; }
+// Time is how often somebody asks for it.
+u32 warp_clock() {
+    static thread_local u32 clock;
+    return clock++;
+}
 void warp_sync() { meet(SYNC, 0); }
 u32 warp_ballot(bool vote) {
     const Meeting &meeting = meet(BALLOT, vote);
@@ -147,6 +152,10 @@ extern "C" void machine_warp_forget(const Pool *pool, u32 vm) {
     if (pool->saved_ptr) saved_of(pool, vm)[SAVED_WORDS - 1] = 0;
 }
 
+// For how long slices may last.
+static thread_local u32 warp_cycles;
+extern "C" void machine_warp_cycles(u32 cycles) { warp_cycles = cycles; }
+
 // A slice of each of these VMs, VMS_PER_WARP of them at most: at once, and all with the same request.
 extern "C" void machine_warp_share(u32 count, Vm *const *vms, Pool *pool, Mailbox *const *mails,
                                    const SliceRequest *request, SliceResult *results) {
@@ -161,7 +170,7 @@ extern "C" void machine_warp_share(u32 count, Vm *const *vms, Pool *pool, Mailbo
     for (u32 i = 0; i < VMS_PER_WARP; i++) {
         u32 of = i < count ? i : 0;
         slot_open(&w->slots[i], i < count ? vms[i] : 0, pool, mails[of], saved_of(pool, vms[of]->number),
-                  request, &results[of]);
+                  request, &results[of], warp_cycles);
     }
     w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
@@ -28,8 +28,10 @@ const REGISTERS: [(u32, u32); 3] = [(12, 128), (20, 96), (u32::MAX, 64)];
 const SETUP_THREADS: u32 = 128;
 /// Decoded code is not cleared more often.
 const CLEAR_AT_MOST_EVERY: Duration = Duration::from_secs(5);
-/// Decoded code is written once more if there are so many times as many texts, in percent.
+/// Decoded code is written once more if there are so many times as many texts, in percent,
 const KEEP_AGAIN_AT: u64 = 110;
+/// or if so many times as many steps have been executed with it: its traces go the guests' ways the better.
+const LEARNED_AGAIN_AT: u64 = 2;
 /// Entries written at once to large tables.
 const CHUNK: u32 = 1 << 20;
 
@@ -37,6 +39,8 @@ const CHUNK: u32 = 1 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub private_frames: AtomicU32,
+    /// Steps that it has executed here, resets or not.
+    steps: AtomicU64,
     pub pc: AtomicU32,
     pub cause: AtomicU32,
     pub epc: AtomicU32,
@@ -45,10 +49,28 @@ pub(super) struct Known {
 impl Known {
     pub fn update(&self, result: &SliceResult) {
         self.private_frames.store(result.private_frames, Relaxed);
+        self.steps.store(self.steps.load(Relaxed).wrapping_add(result.steps), Relaxed); // nobody else writes it
         self.pc.store(result.pc, Relaxed);
         self.cause.store(result.last_trap[0], Relaxed);
         self.epc.store(result.last_trap[1], Relaxed);
     }
+}
+
+/// What is in the file with decoded code.
+#[derive(Debug, Default)]
+struct Kept {
+    texts: u64,
+    /// Steps that it was learned from.
+    steps: u64,
+}
+
+/// When decoded code was last cleared, and what it has been learned from: steps of earlier starts, and those here but for
+/// the first so many.
+#[derive(Debug, Default)]
+struct Cleared {
+    at: Option<Instant>,
+    earlier_steps: u64,
+    but_for: u64,
 }
 
 /// The VMs of one device.
@@ -78,11 +100,11 @@ pub(super) struct Device {
     pub lessons: AtomicU32,
     /// Where decoded code is kept, if it is.
     kept: Option<PathBuf>,
-    /// Texts in that file; held while it is written.
-    kept_texts: Mutex<u64>,
+    /// What that file has; held while it is written.
+    in_file: Mutex<Kept>,
     reset: Function,
     forget_code: Function,
-    code_cleared: Mutex<Option<Instant>>,
+    code_cleared: Mutex<Cleared>,
     control: Mutex<Stream>,
     tables: Buffer,
     first_table: Buffer,
@@ -106,7 +128,8 @@ fn format(plan: &Plan, kind: EngineKind) -> Format {
     let trace_bytes = kind.trace_bytes();
     let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
     let lane_text = kept::LANE_TEXT;
-    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, room: plan.traces, lane_text }
+    let trace_used = kept::TRACE_USED;
+    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, room: plan.traces, lane_text, trace_used }
 }
 
 /// The register budget for so many warps.
@@ -203,7 +226,7 @@ impl Device {
             run,
             reset,
             forget_code,
-            code_cleared: Mutex::new(None),
+            code_cleared: Mutex::new(Cleared { earlier_steps: loaded.steps, ..Cleared::default() }),
             mail,
             plan,
             kind,
@@ -213,7 +236,10 @@ impl Device {
             resources,
             code,
             lessons: AtomicU32::new(if loaded.counts.is_some() { LESSONS_SELDOM } else { LESSONS_OFTEN }),
-            kept_texts: Mutex::new(loaded.counts.map_or(0, |(texts, _)| texts.into())),
+            in_file: Mutex::new(Kept {
+                texts: loaded.counts.map_or(0, |(texts, _)| texts.into()),
+                steps: loaded.steps,
+            }),
             loaded,
             kept,
             pages,
@@ -331,7 +357,7 @@ impl Device {
     /// must not slow down the others.
     pub fn clear_code(&self) -> Result<(), CallError> {
         let mut cleared = crate::sync::lock(&self.code_cleared);
-        if cleared.is_some_and(|at| at.elapsed() < CLEAR_AT_MOST_EVERY) {
+        if cleared.at.is_some_and(|at| at.elapsed() < CLEAR_AT_MOST_EVERY) {
             return Ok(());
         }
         let _alone = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -342,7 +368,7 @@ impl Device {
         stream.launch(&self.forget_code, 256, SETUP_THREADS, 0, &mut arguments)?;
         stream.wait()?;
         self.lessons.store(LESSONS_OFTEN, Relaxed);
-        *cleared = Some(Instant::now());
+        *cleared = Cleared { at: Some(Instant::now()), earlier_steps: 0, but_for: self.steps() };
         Ok(())
     }
 
@@ -351,30 +377,39 @@ impl Device {
         self.kept.as_deref()
     }
 
-    /// Writes the decoded code to its file, unless the file has nearly as much; launches may run. Returns why it could
-    /// not.
+    /// Steps that its VMs have executed.
+    fn steps(&self) -> u64 {
+        self.known.iter().fold(0, |sum, vm| sum.wrapping_add(vm.steps.load(Relaxed)))
+    }
+
+    /// Writes the decoded code to its file, unless the file has nearly as much and has learned nearly as much; launches
+    /// may run. Returns why it could not.
     pub fn keep_code(&self) -> Option<String> {
         let file = self.kept.as_ref()?;
         let trouble = |why: &dyn std::fmt::Display| {
             Some(format!("{}: decoded code can't be kept for the next start: {why}", file.display()))
         };
-        let mut kept_texts = crate::sync::lock(&self.kept_texts);
-        let decoded = match self.decoded(*kept_texts) {
+        let mut in_file = crate::sync::lock(&self.in_file);
+        let decoded = match self.decoded(&in_file) {
             Ok(Some(decoded)) => decoded,
             Ok(None) => return None,
             Err(error) => return trouble(&error),
         };
         match kept::write(file, &decoded) {
             // Too much of it is no failure, and won't become less.
-            Ok(_) => *kept_texts = decoded.texts().into(),
+            Ok(_) => *in_file = Kept { texts: decoded.texts().into(), steps: decoded.steps },
             Err(error) => return trouble(&error),
         }
         None
     }
 
     /// The decoded code, if there is much more than in its file.
-    fn decoded(&self, kept_texts: u64) -> Result<Option<Decoded>, CallError> {
+    fn decoded(&self, in_file: &Kept) -> Result<Option<Decoded>, CallError> {
         let [_, _, _, texts, text_table, traces, _] = &self._memory;
+        let steps = {
+            let cleared = crate::sync::lock(&self.code_cleared);
+            cleared.earlier_steps.saturating_add(self.steps().wrapping_sub(cleared.but_for))
+        };
         // Launches add to it, which does no harm; but nobody may clear it meanwhile.
         let _shared = self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.context.make_current()?;
@@ -386,13 +421,13 @@ impl Device {
             pool[0]
         };
         let made = u64::from(pool.text_count.min(self.plan.texts));
-        if made * 100 <= kept_texts * KEEP_AGAIN_AT {
+        if made * 100 <= in_file.texts * KEEP_AGAIN_AT && steps / LEARNED_AGAIN_AT < in_file.steps {
             return Ok(None);
         }
         let mut table = vec![0u32; self.plan.slots() as usize];
         // SAFETY: plain integers, all of which `fill` has written.
         unsafe { text_table.read(&stream, 0, &mut table)? };
-        let decoded = Decoded::gather(
+        let mut decoded = Decoded::gather(
             format(&self.plan, self.kind),
             &table,
             |count| {
@@ -408,6 +443,7 @@ impl Device {
                 Ok(bytes)
             },
         )?;
+        decoded.steps = steps;
         Ok((decoded.texts() > 0).then_some(decoded))
     }
 

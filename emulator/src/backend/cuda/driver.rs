@@ -110,6 +110,8 @@ pub struct Properties {
     pub multiprocessors: u32,
     /// Blocks that a multiprocessor runs at once, at most.
     pub blocks: u32,
+    /// What the multiprocessors' clock reaches at most.
+    pub kilohertz: u32,
     /// Bytes of shared memory that a block may have, if its kernel asks for it.
     pub shared_bytes: u32,
 }
@@ -157,6 +159,7 @@ impl Context {
             ),
             multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             blocks: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR)?,
+            kilohertz: attribute(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?,
             shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         };
         let mut handle = std::ptr::null_mut();

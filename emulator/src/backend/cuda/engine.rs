@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::device::Device;
 use super::driver::{Argument, CallError, Pinned, Stream};
 use super::pace::Pace;
-use crate::abi::{GpuSlice, SliceResult};
+use crate::abi::{GpuSlice, SliceRequest, SliceResult};
 use crate::backend::{Engine, EngineError, Slice, Watch};
 
 /// How long a launch is waited for without sleeping, and one whose VMs are watched.
@@ -17,6 +17,8 @@ const SPIN: Duration = Duration::from_micros(200);
 const SPIN_WATCHED: Duration = Duration::from_millis(4);
 /// Between two looks at a longer one.
 const NAP: Duration = Duration::from_micros(50);
+/// The clock that a slice looks at starts over after twice as many cycles: 1 s.
+const CYCLES_MOST: u32 = 1 << 31;
 /// Marks a result that no warp has written.
 const NOT_WRITTEN: u32 = u32::MAX;
 /// VMs that the message about a fault names.
@@ -47,6 +49,16 @@ impl CudaEngine {
         })
     }
 
+    /// How long a slice may last, in cycles of the multiprocessor; 0 for one that has to end at a certain step.
+    fn cycles(&self, request: &SliceRequest) -> u32 {
+        if request.reserved != 0 {
+            return 0;
+        }
+        let kilohertz = u128::from(self.device.context.properties().kilohertz);
+        let cycles = self.pace.time(request.budget).as_nanos() * kilohertz / 1_000_000;
+        cycles.clamp(1, CYCLES_MOST.into()) as u32
+    }
+
     fn write_list(&self, slices: &[Slice]) -> Result<(), EngineError> {
         let range = &self.device.range;
         for (i, slice) in slices.iter().enumerate() {
@@ -54,7 +66,8 @@ impl CudaEngine {
                 let (vm, batch) = (slice.vm, self.batch);
                 return Err(EngineError(format!("VM {vm} in a list of {batch} for VMs {range:?}")));
             }
-            let entry = GpuSlice { vm: slice.vm - range.start, reserved: 0, request: slice.request };
+            let entry =
+                GpuSlice { vm: slice.vm - range.start, cycles: self.cycles(&slice.request), request: slice.request };
             // SAFETY: in bounds, and no launch reads the list now.
             unsafe {
                 self.list.as_ptr().add(i).write_volatile(entry);
@@ -163,7 +176,8 @@ impl Engine for CudaEngine {
             self.device.known[(slice.vm - self.device.range.start) as usize].update(&result);
             results.push(result);
         }
-        self.pace.learn(took, &results[first..]);
+        let budget = slices.iter().map(|slice| slice.request.budget).max().unwrap_or(0);
+        self.pace.learn(took, budget, &results[first..]);
         drop(launching);
         if results[first..].iter().any(|result| result.code_full != 0) {
             device.clear_code().map_err(|error| self.fault(slices, &error))?;

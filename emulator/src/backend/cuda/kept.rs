@@ -15,14 +15,15 @@ use super::cubin;
 use crate::abi::{FRAME_BYTES, TEXT_BYTES, TEXTS_MOST};
 use crate::memory::BootMemory;
 
-const MAGIC: [u8; 8] = *b"LoGcode1";
+const MAGIC: [u8; 8] = *b"LoGcode2";
 /// Bytes of the check sum at the start.
 const SUM_BYTES: usize = 8;
-/// Magic, then sizes of a text and a trace, entries of the table, texts and traces, a word each.
-const HEAD_BYTES: usize = 8 + 5 * 4;
-/// Of a device's traces so many bytes are kept, the first ones of those that are in use: those of a boot. Wherever an
-/// interrupt or a slice ends a trace another begins, so that there is no end to later ones; most of them are never needed
-/// again.
+/// Magic, then sizes of a text and a trace, entries of the table, texts and traces, a word each, and the steps in two.
+const HEAD_BYTES: usize = 8 + 5 * 4 + 8;
+/// Of a device's traces so many bytes are kept: those that were seen to be executed (which is looked at now and then, so
+/// that it says that they are executed often), then others, those that were made first before those that came later.
+/// Wherever an interrupt or a slice ends a trace another begins, so that there is no end to them; most of those are never
+/// needed again.
 pub(super) const TRACE_BYTES_MOST: u32 = 32 << 20;
 /// Larger files are not written.
 const MOST_BYTES: u64 = 64 << 20;
@@ -42,6 +43,8 @@ const NOT_CLAIMED: u32 = 0x7f7f_7f7f;
 const LANE_BYTES: usize = 16;
 /// Where a lane names a text, if it does: which word, its lowest bit, and how many there are. As in `TraceLane`.
 pub(super) const LANE_TEXT: Option<(usize, u32, u32)> = Some((3, 10, TEXTS_MOST));
+/// Where a trace's first lane says that the trace was seen to be executed: which byte, and which bit of it.
+pub(super) const TRACE_USED: Option<(usize, u8)> = Some((12, 2));
 
 /// Sizes that a file must agree on with the device, and what there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +61,16 @@ pub(super) struct Format {
     pub room: u32,
     /// See [`LANE_TEXT`].
     pub lane_text: Option<(usize, u32, u32)>,
+    /// See [`TRACE_USED`].
+    pub trace_used: Option<(usize, u8)>,
 }
 
 impl Format {
+    /// Whether the trace was seen to be executed since it was last kept.
+    fn is_used(&self, trace: &[u8]) -> bool {
+        self.trace_used.is_some_and(|(byte, bit)| trace.get(byte).is_some_and(|byte| byte & bit != 0))
+    }
+
     /// Whether all texts that a trace names are in the table.
     fn names_known_texts(&self, trace: &[u8], slot_of: &[u32]) -> bool {
         let Some((word, shift, texts)) = self.lane_text else { return true };
@@ -83,6 +93,8 @@ fn trace_of(traces: &[u8], trace_bytes: u32, entry: u32) -> Option<&[u8]> {
 pub(super) struct Decoded {
     trace_bytes: u32,
     slots: u32,
+    /// Steps that guests have executed with it, and it was learned from.
+    pub steps: u64,
     /// Where in the table each text is; [`NO_SLOT`] if it is not.
     slot_of: Vec<u32>,
     /// The texts.
@@ -95,7 +107,7 @@ pub(super) struct Decoded {
 impl Decoded {
     /// What a device has, which may be making more at this time. `texts` reads the first so many texts, `traces` the first
     /// so many traces. Each is read after what leads to it, so that all that is found is finished. Traces that have been
-    /// replaced since are left out, and the others numbered anew.
+    /// replaced since are left out, and the others numbered anew, those before that were seen to be executed.
     pub fn gather<E>(
         format: Format,
         table: &[u32],
@@ -130,7 +142,8 @@ impl Decoded {
             .flat_map(|text| &mut text[INDEX])
             .filter(|entry| **entry != 0)
             .collect();
-        entries.sort_by_key(|entry| **entry);
+        let used = |entry| trace_of(&traces, format.trace_bytes, entry).is_some_and(|trace| format.is_used(trace));
+        entries.sort_by_cached_key(|entry| (!used(**entry), **entry));
         let mut bytes = Vec::new();
         let (mut last, mut number) = (0, 0);
         for entry in entries {
@@ -142,13 +155,19 @@ impl Decoded {
                     *entry = 0;
                     continue;
                 };
+                let start = bytes.len();
                 bytes.extend_from_slice(trace);
+                if let Some((byte, bit)) = format.trace_used
+                    && let Some(byte) = bytes.get_mut(start + byte)
+                {
+                    *byte &= !bit;
+                }
                 (last, number) = (*entry, number + 1);
             }
             *entry = number;
         }
         let (trace_bytes, slots) = (format.trace_bytes, format.slots);
-        Ok(Self { trace_bytes, slots, slot_of, words, bytes, traces_at: 0 })
+        Ok(Self { trace_bytes, slots, steps: 0, slot_of, words, bytes, traces_at: 0 })
     }
 
     /// The traces.
@@ -189,6 +208,7 @@ impl Decoded {
         for word in [TEXT_BYTES, self.trace_bytes, self.slots, self.texts(), self.trace_count()] {
             bytes.extend(word.to_le_bytes());
         }
+        bytes.extend(self.steps.to_le_bytes());
         for word in self.slot_of.iter().chain(&self.words) {
             bytes.extend(word.to_le_bytes());
         }
@@ -221,6 +241,7 @@ impl Decoded {
         let decoded = Self {
             trace_bytes: format.trace_bytes,
             slots: format.slots,
+            steps: u64::from(head[5]) | u64::from(head[6]) << 32,
             slot_of: words(&rest[..slots]),
             words: words(&rest[slots..slots + text_bytes]),
             traces_at: bytes.len() - trace_bytes,
@@ -294,6 +315,8 @@ pub(super) struct Found {
 pub(super) struct Loaded {
     /// Texts and traces; none if there was no file that could be used.
     pub counts: Option<(u32, u32)>,
+    /// Steps that guests had executed with it.
+    pub steps: u64,
     /// Time to read it.
     pub took: Duration,
     /// Why the file is of no use.
@@ -303,7 +326,8 @@ pub(super) struct Loaded {
 impl From<&Found> for Loaded {
     fn from(found: &Found) -> Self {
         let counts = found.decoded.as_ref().map(|decoded| (decoded.texts(), decoded.trace_count()));
-        Self { counts, took: found.took, trouble: found.trouble.clone() }
+        let steps = found.decoded.as_ref().map_or(0, |decoded| decoded.steps);
+        Self { counts, steps, took: found.took, trouble: found.trouble.clone() }
     }
 }
 

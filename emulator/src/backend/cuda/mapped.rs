@@ -237,7 +237,7 @@ fn list(slices: &[Slice], vms: u32) -> Result<Vec<GpuSlice>, String> {
         Some(true) => Err(format!("VM {} twice in a launch", slice.vm)),
         Some(taken) => {
             *taken = true;
-            Ok(GpuSlice { vm: slice.vm, reserved: 0, request: slice.request })
+            Ok(GpuSlice { vm: slice.vm, cycles: 0, request: slice.request })
         }
     };
     slices.iter().map(entry).collect()

@@ -1,6 +1,6 @@
 use super::*;
 
-const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, room: 50, lane_text: None };
+const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, room: 50, lane_text: None, trace_used: None };
 
 /// A text whose index has these entries, at words of the page that depend on it.
 fn text(fill: u32, entries: &[u32]) -> Vec<u32> {
