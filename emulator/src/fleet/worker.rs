@@ -63,9 +63,11 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
     let mut turns: Vec<Turn> = Vec::new();
     let mut slices: Vec<Slice> = Vec::new();
     let mut results: Vec<SliceResult> = Vec::new();
+    let mut boots: Vec<Boot> = Vec::new();
     loop {
         slices.clear();
         results.clear();
+        boots.clear();
         let began = Instant::now();
         if !shared.sched.take(part, batch, &mut turns) {
             break;
@@ -77,7 +79,11 @@ pub(crate) fn work(shared: &Shared, mut engine: Box<dyn Engine>) {
         }
         let now = Instant::now();
         let advice = engine.budget().map(|usual| fit(usual, &turns));
-        slices.extend(turns.iter().map(|turn| shared.slice(*turn, now, advice)));
+        let numbered = turns.iter().enumerate();
+        slices.extend(numbered.map(|(i, turn)| shared.slice(*turn, i, now, advice, &mut boots)));
+        if advice.is_some() {
+            even_out(&boots, &mut slices);
+        }
         let prepared = Instant::now();
         let watch = || shared.watch(&turns);
         let watch = are_watched(&turns).then_some(&watch as Watch<'_>);
@@ -134,6 +140,31 @@ fn fit(usual: u64, turns: &[Turn]) -> u64 {
     }
 }
 
+/// How far a VM has come that boots.
+#[derive(Clone, Copy, Debug)]
+struct Boot {
+    /// Which of the turns it is.
+    turn: usize,
+    /// Instructions so far, and steps of its last slice.
+    instructions: u64,
+    last: u64,
+}
+
+/// VMs that boot and have come farther than most get less of an engine that runs many at once, up to a half, which leaves
+/// more of it to the others: a fleet is ready when its last VM is.
+fn even_out(boots: &[Boot], slices: &mut [Slice]) {
+    let count = boots.len().max(1) as u64;
+    let mean = boots.iter().map(|boot| boot.instructions).sum::<u64>() / count;
+    let usual = (boots.iter().map(|boot| boot.last).sum::<u64>() / count).max(1);
+    for boot in boots {
+        let ahead = boot.instructions.saturating_sub(mean).min(usual / 2);
+        if let Some(slice) = slices.get_mut(boot.turn) {
+            let budget = u128::from(slice.request.budget) * u128::from(usual - ahead) / u128::from(usual);
+            slice.request.budget = budget as u64;
+        }
+    }
+}
+
 /// What happens to a VM after its slice.
 enum Next {
     Run(Class),
@@ -143,8 +174,21 @@ enum Next {
 }
 
 impl Shared {
-    fn slice(&self, turn: Turn, now: Instant, advice: Option<u64>) -> Slice {
-        let (time_mode, now_ticks) = lock(&self.vms[turn.vm as usize].record).clock.request(now);
+    fn slice(
+        &self,
+        turn: Turn,
+        number: usize,
+        now: Instant,
+        advice: Option<u64>,
+        boots: &mut Vec<Boot>,
+    ) -> Slice {
+        let (time_mode, now_ticks) = {
+            let record = lock(&self.vms[turn.vm as usize].record);
+            if turn.class == Class::Boot {
+                boots.push(Boot { turn: number, instructions: record.last.instret, last: record.last.steps });
+            }
+            record.clock.request(now)
+        };
         let usual = match turn.class {
             Class::Fresh => self.config.budget.fresh,
             Class::Bulk | Class::Boot => self.config.budget.bulk,
@@ -391,6 +435,23 @@ enum Frames {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn those_that_are_ahead_get_less() {
+        let request = SliceRequest { budget: 400_000, now_ticks: 0, time_mode: 0, reserved: 0 };
+        let mut slices: Vec<Slice> = (0..5).map(|vm| Slice { vm, request }).collect();
+        // VM 1 does not boot.
+        let boots = [(0, 100_000), (2, 210_000), (3, 200_000), (4, 330_000)];
+        let boots = boots.map(|(turn, instructions)| Boot { turn, instructions, last: 100_000 });
+        even_out(&boots, &mut slices);
+        // 210,000 are the mean; at most half is taken away.
+        let budgets: Vec<u64> = slices.iter().map(|slice| slice.request.budget).collect();
+        assert_eq!(budgets, [400_000, 400_000, 400_000, 400_000, 200_000]);
+        let boots = [Boot { turn: 0, instructions: 10, last: 0 }];
+        even_out(&boots, &mut slices);
+        even_out(&[], &mut slices);
+        assert_eq!(slices[0].request.budget, 400_000);
+    }
 
     #[test]
     fn slices_are_short_while_a_fleet_serves() {

@@ -1,0 +1,159 @@
+// The commonest of what is not for lanes, done between two traces without leaving the kernel's own function:
+// AMOs on pages at hand, CSRs that are words of the hart, SFENCE.VMA of a page, and pages whose translation
+// holds as it stands. All lanes do the same. Whatever is not simple is left to warp_serve, and nothing has
+// happened then.
+#pragma once
+#include "csr.cuh"
+#include "mmu.cuh"
+#include "translations.cuh"
+
+// A page of the guest as its tables have it.
+struct BriefWalk {
+    u32 entry; // of the frame table
+    bool writes, large;
+};
+
+// Translates without a change to the tables (Privileged 4.3.2): false if A or D is to be set, and for all
+// else that would take a trap.
+FN bool brief_walk(const Vm *vm, u64 frames, u32 va, u32 mode, u32 access, BriefWalk &walk) {
+    u32 satp = load_word((u64)(uintptr_t)&vm->hart.satp), pages = load_word((u64)(uintptr_t)&vm->ram.pages);
+    u64 table = vm->ram.table_ptr;
+    u32 page = satp & 0x3fffff;
+    if (warp_any(!(satp >> 31) | (page >= pages))) return false;
+    u32 entry = load_word(table + 4 * page) & FRAME_MASK;
+    u32 pte = load_word(frames + (u64)entry * FRAME_BYTES + 4 * (va >> 22));
+    walk.large = pte & (PTE_R | PTE_W | PTE_X);
+    if (warp_any(!walk.large)) {
+        page = pte >> 10;
+        if (warp_any((pte & (PTE_V | PTE_A | PTE_D | PTE_U)) != PTE_V || page >= pages)) return false;
+        entry = load_word(table + 4 * page) & FRAME_MASK;
+        pte = load_word(frames + (u64)entry * FRAME_BYTES + 4 * (va >> 12 & 0x3ff));
+        page = pte >> 10;
+    } else {
+        page = (pte >> 10) + (va >> 12 & 0x3ff);
+        if (warp_any(pte >> 10 & 0x3ff)) return false;
+    }
+    u32 needs = access == ACCESS_FETCH ? PTE_X : access == ACCESS_STORE ? PTE_R | PTE_W | PTE_D : PTE_R;
+    bool user = pte & PTE_U,
+         may = mode == MODE_U_KEY ? user : !user || (mode == MODE_S_SUM_KEY && access != ACCESS_FETCH);
+    needs |= PTE_V | PTE_A;
+    bool bad = (pte & needs) != needs || (pte & (PTE_R | PTE_W)) == PTE_W || !may || page >= pages;
+    if (warp_any(bad)) return false;
+    walk.entry = load_word(table + 4 * page);
+    walk.writes = (pte & (PTE_D | PTE_W)) == (PTE_D | PTE_W);
+    return true;
+}
+
+// Puts the page of an access at hand.
+FN bool brief_fill(VmSlot *slot, u64 frames, u32 va, u32 mode, bool store) {
+    BriefWalk walk;
+    if (!brief_walk(slot->vm, frames, va, mode, store ? ACCESS_STORE : ACCESS_LOAD, walk)) return false;
+    u32 frame = walk.entry & FRAME_MASK;
+    bool direct =
+        walk.writes && (walk.entry & FRAME_PRIVATE) && !load_word(slot->pool->code_of_ptr + 4ull * frame);
+    if (warp_any(store && !direct)) return false;
+    DataEntry &entry = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    if (warp_lane() == 0) {
+        entry.tag = PAGE_OF(va) | mode | (direct ? TAG_WRITABLE : 0), entry.frame = frame;
+        slot->miss = MISS_NONE;
+        if (walk.large) slot->large |= large_mark(va);
+    }
+    warp_sync();
+    return true;
+}
+
+// Puts the text of the page at pc at hand, if it has one.
+FN bool brief_fetch(VmSlot *slot, u64 frames, u32 pc, u32 mode) {
+    BriefWalk walk;
+    if (!brief_walk(slot->vm, frames, pc, mode, ACCESS_FETCH, walk)) return false;
+    u32 known = load_word(slot->pool->code_of_ptr + 4ull * (walk.entry & FRAME_MASK));
+    if (warp_any(known == 0)) return false;
+    FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+    if (warp_lane() == 0) {
+        entry.tag = PAGE_OF(pc) | mode, entry.text = known - 1;
+        if (walk.large) slot->large |= large_mark(pc);
+    }
+    warp_sync();
+    return true;
+}
+
+// Whether an interrupt could come as soon as it may; true if in doubt.
+FN bool may_be_interrupted(const Vm *vm) {
+    const Hart &h = vm->hart;
+    u32 sie = h.sie;
+    return vm->rtc.armed || (h.sip & sie & IP_SSIP) || (vm->plic.pending & vm->plic.enable) ||
+           ((sie & IP_STIP) && guest_ticks(h) >= h.stimecmp);
+}
+
+// What an AMO writes (Unprivileged 8.4).
+FN u32 brief_amo(u32 kind, u32 old, u32 b) {
+    u32 bias = kind & 8 ? 0 : 0x80000000u; // of MIN and MAX: signed
+    bool less = (old ^ bias) < (b ^ bias);
+    switch (kind) {
+    case 0x00: return old + b;
+    case 0x01: return b;
+    case 0x04: return old ^ b;
+    case 0x08: return old | b;
+    case 0x0c: return old & b;
+    case 0x10:
+    case 0x18: return less ? old : b;
+    default: return less ? b : old; // MAX, MAXU
+    }
+}
+
+// An AMO whose page is not at hand says so: it is tried again once it is.
+FN bool brief_atomic(VmSlot *slot, SlotPlace place, u64 frames, u32 insn, u32 mode, u32 a, u32 b,
+                     u32 &value) {
+    bool is_amo = (insn >> 12 & 7) == 2 && (0x11111113u >> (insn >> 27) & 1); // and not LR, SC or none
+    if (warp_any(!is_amo || (a & 3))) return false;
+    DataEntry entry = cached_data(place, a);
+    if (warp_any(entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE))) {
+        if (warp_lane() == 0) slot->miss_va = a, slot->miss = MISS_STORE;
+        warp_sync();
+        return false;
+    }
+    u64 host = frames + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
+    value = load_word(host);
+    u32 next = brief_amo(insn >> 27, value, b);
+    warp_sync(); // all have read it
+    store_if(warp_lane() == 0, host, next);
+    return true;
+}
+
+FN bool brief_csr(Vm *vm, u32 insn, u32 &mode, u32 a, u32 &value) {
+    u32 number = insn >> 20;
+    bool traps = number >= CSR_SSCRATCH && number <= CSR_STVAL; // what a trap leaves in the hart
+    if (mode == MODE_U_KEY || !(traps || number == CSR_SSTATUS)) return false;
+    u64 word = (u64)(uintptr_t)csr_word(vm->hart, number);
+    value = warp_or(load_word(word));
+    if (!csr_writes(insn)) return true;
+    u32 next = csr_kept(number, csr_operand(insn, value, a));
+    u32 events = csr_events(number, value, next);
+    if (events & ~(EV_CHECK | EV_MODE)) return false;
+    if (events & EV_CHECK && warp_any(may_be_interrupted(vm))) return false;
+    warp_sync(); // all have read it
+    store_if(warp_lane() == 0, word, next);
+    if (events & EV_MODE) mode = next & SSTATUS_SUM ? MODE_S_SUM_KEY : MODE_S_KEY;
+    return true;
+}
+
+// Executes `insn`, which is the next one. False: nothing has happened.
+FN bool warp_brief(VmSlot *slot, SlotPlace place, u64 frames, u32 insn, u32 &mode) {
+    u32 rd = insn >> 7 & 31, opcode = insn & 0x7f, function = insn >> 12 & 7;
+    u32 a = warp_or(slot_read(place, insn >> 15 & 31)), value = 0;
+    if (opcode == 0x2f) {
+        u32 b = warp_or(slot_read(place, insn >> 20 & 31));
+        if (!brief_atomic(slot, place, frames, insn, mode, a, b, value)) return false;
+    } else if (opcode != 0x73) {
+        return false;
+    } else if (function) {
+        if (!brief_csr(slot->vm, insn, mode, a, value)) return false;
+    } else {
+        bool page_fence = insn >> 25 == 9 && (insn >> 15 & 31) && rd == 0; // SFENCE.VMA of an address
+        if (!page_fence || mode == MODE_U_KEY || warp_or(slot->large & large_mark(a))) return false;
+        if (warp_lane() == 0) forget_page(slot, a);
+    }
+    if (rd && warp_lane() == 0) slot_write(place, rd * 4, value);
+    warp_sync();
+    return true;
+}
