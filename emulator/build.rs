@@ -106,10 +106,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if std::env::var_os("CARGO_CFG_WINDOWS").is_none() {
         let mut shared = machine_build(&kernels, &out, &sanitize);
         shared.define("VMS_PER_WARP", "4").file(kernels.join("tests/warp_cpu.cpp"));
-        for name in ["slots", "lane", "sync", "ballot", "shuffle", "exchange"] {
+        for name in ["slots", "lane", "clock", "sync", "ballot", "shuffle", "exchange"] {
             shared.define(&format!("warp_{name}"), format!("warp_{name}_l4").as_str());
         }
-        for name in ["switch_stack", "warp_run", "warp_share", "warp_forget"] {
+        for name in ["switch_stack", "warp_run", "warp_share", "warp_forget", "warp_cycles"] {
             shared.define(&format!("machine_{name}"), format!("machine_{name}_l4").as_str());
         }
         shared.try_compile("machine_l4")?;

@@ -52,8 +52,8 @@ FN u32 lane_rest(u32 op, u32 work, u32 either, u32 past) {
 // Rounds that are past.
 FN u32 rounds_past(u32 round) { return 31 - last_of(round); }
 
-// Prepares a slot; `vm` is null if there is no VM for it. The slice lasts `cycles` of the clock at most, or any
-// time if that is 0.
+// Prepares a slot; `vm` is null if there is no VM for it. The slice lasts `cycles` of the clock at most, or
+// any time if that is 0.
 FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
                   SliceResult *result, u32 cycles) {
     slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
@@ -67,7 +67,9 @@ FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, c
 }
 
 // Whether the slice has lasted long enough. What lanes read of the clock may differ.
-FN bool slice_is_late(const VmSlot *slot) { return slot->cycles && warp_clock() - slot->began > slot->cycles; }
+FN bool slice_is_late(const VmSlot *slot) {
+    return slot->cycles && warp_clock() - slot->began > slot->cycles;
+}
 
 // Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
 // Of 2^32 traces `lessons` are looked at for what can be learned.
@@ -81,16 +83,34 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
     u32 pc = 0, left = 0, mode = 0, next = 1;
     u32 leave = own->vm ? LEAVE_START : LEAVE_NOT;
     bool over = !own->vm;
+    u32 insn = 0; // that the last trace has led to, if it is not for lanes
     for (;;) {
         // What the lanes of each VM have left the loop for, one VM after the other.
         u32 chance = (left * 0x85EBCA6Bu + warp_seed()) >> 8;
         if (VM_LANES == 32) {
-            LaneState s = {leave, pc, left, mode};
-            s = warp_serve(slots, s, chance);
+            LaneState s = {warp_or(leave), pc, left, mode};
+            bool served = false;
+            if (insn) {
+                if (warp_brief(own, slot, frames, insn, s.mode)) {
+                    s.pc += 4, s.left--;
+                    s.leave = s.left ? LEAVE_NOT : LEAVE_LIMIT;
+                }
+            }
+            if (s.leave == LEAVE_STEP) {
+                u32 miss = warp_or(own->miss);
+                if (miss != MISS_NONE &&
+                    brief_fill(own, frames, warp_or(own->miss_va), mode, miss == MISS_STORE))
+                    s.leave = LEAVE_NOT;
+            } else if (s.leave == LEAVE_TRACE) {
+                bool lacks = cached_fetch(slot, pc).tag != (PAGE_OF(pc) | mode);
+                if (warp_any(lacks) && brief_fetch(own, frames, pc, mode)) s.leave = LEAVE_NOT;
+            }
+            if (s.leave != LEAVE_NOT) s = warp_serve(slots, s, chance), served = true;
             warp_together();
-            if (warp_or(s.leave == LEAVE_NOT)) return;
+            if (warp_or(served && s.leave == LEAVE_NOT)) return;
             // All lanes say the same, and the compiler is to know it.
             pc = warp_or(s.pc), left = warp_or(s.left), mode = warp_or(s.mode), leave = LEAVE_NOT, next = 0;
+            insn = 0;
         } else {
             for (u32 waiting = warp_ballot(leave != LEAVE_NOT); waiting;) {
                 u32 first = first_of(waiting), number = first / VM_LANES;
@@ -270,12 +290,14 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
             left -= counted;
             // Now and then: was that the way that was to be expected?
             bool looks = left * 0x9E3779B9u + warp_seed() < lessons;
+            if (VM_LANES < 32) looks &= !over; // trace 0 is nobody's
             if (VM_LANES == 32 ? looks | (next == BUSY) : warp_any(looks | (next == BUSY))) {
                 if (next == BUSY) next = 0;
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
                 bool left_here = mine & !stops & !last_lane, branch = kind == T_BRANCH;
                 bool returns = (branch || kind == T_JALR) && has(op, LANE_RETURNS | LANE_OPEN);
-                bool learns = left_here & (returns | ((kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES)));
+                bool learns =
+                    left_here & (returns | ((kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES)));
                 u64 place = traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane);
                 if (looks & branch & (left_here | (member < n))) {
                     learns = left_here & ((op & LANE_DOUBT) == LANE_DOUBT);
@@ -310,6 +332,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                 u32 stays = VM_LANES == 32 ? warp_or(mine ? here & ~3u : 0) : group_shuffle(here & ~3u, n);
                 if ((target & 3) == (END_STEP | END_BEHIND)) pc = stays;
                 if (leaves) leave = left == 0 ? LEAVE_LIMIT : LEAVE_STEP;
+                if (VM_LANES == 32) insn = warp_or(mine && kind == T_SLOW && left ? t.imm : 0);
             }
             if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
             if (UNLIKELY(VM_LANES == 32 ? leave : warp_any(leave != LEAVE_NOT))) break;

@@ -2,6 +2,7 @@
 // are not at hand, traces that are to be made, interrupts and the ends of a slice. All lanes of the warp take
 // part; whatever is rare runs in lane 0 on the state in memory (step.cuh).
 #pragma once
+#include "brief.cuh"
 #include "step.cuh"
 #include "trace.cuh"
 #include "translations.cuh"
@@ -160,22 +161,13 @@ FN bool warp_hold(VmSlot *slot, u32 va) {
     return true;
 }
 
-// The commonest of the instructions that are not for lanes, by all lanes alike and with little to look up:
-// AMOs, LR and SC on pages at hand, SFENCE.VMA of a page, the time, and CSRs that are words of the hart. Not
-// done: leave it to warp_step.
-FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
-    Vm *vm = slot->vm;
-    Hart &h = vm->hart;
+// LR and SC on pages at hand, and the time: by all lanes alike and with little to look up. Not done: leave it
+// to warp_step.
+FN bool warp_quick(VmSlot *slot, u32 insn, u32 mode) {
+    Hart &h = slot->vm->hart;
     Uop u = decode(insn, 0);
     u32 a = read_through(&slot->x[u.rs1]), b = read_through(&slot->x[u.rs2]), value = 0;
-    if (u.op >= OP_AMOSWAP && u.op <= OP_AMOMAXU) {
-        DataEntry entry = cached_data(slot_place(slot), a);
-        if (a & 3 || entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE)) return false;
-        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
-        value = load_word(host);
-        warp_sync();
-        if (warp_lane() == 0) *(u32 *)(uintptr_t)host = amo_of(u.op, value, b);
-    } else if (u.op == OP_LR || u.op == OP_SC) {
+    if (u.op == OP_LR || u.op == OP_SC) {
         DataEntry entry = cached_data(slot_place(slot), a);
         u32 differs = entry.tag ^ (PAGE_OF(a) | mode);
         if (a & 3 || differs & ~TAG_WRITABLE) return false;
@@ -193,29 +185,12 @@ FN bool warp_quick(VmSlot *slot, u32 insn, u32 &mode) {
                 h.reservation = NO_RESERVATION;
             }
         }
-    } else if (u.op == OP_SYSTEM) {
-        bool page_fence = insn >> 25 == 9 && (insn >> 15 & 31); // SFENCE.VMA of an address
-        if (!page_fence || mode == MODE_U_KEY || slot->large & large_mark(a)) return false;
-        if (warp_lane() == 0) forget_page(slot, a);
     } else if (u.op == OP_CSR && (insn >> 20 & ~0x80u) == CSR_TIME && !csr_writes(insn)) {
         if (mode == MODE_U_KEY && !(h.scounteren >> (CSR_TIME & 31) & 1)) return false;
         u64 ticks = guest_ticks(h);
         value = (u32)(insn >> 20 & 0x80 ? ticks >> 32 : ticks);
     } else {
-        u32 number = insn >> 20;
-        bool traps = number >= CSR_SSCRATCH && number <= CSR_STVAL; // what a trap leaves in the hart
-        if (u.op != OP_CSR || mode == MODE_U_KEY || !(traps || number == CSR_SSTATUS)) return false;
-        u32 *word = csr_word(h, number);
-        value = read_through(word);
-        u32 next = csr_writes(insn) ? csr_kept(number, csr_operand(insn, value, a)) : value;
-        u32 events = csr_events(number, value, next);
-        if (events & ~(EV_CHECK | EV_MODE)) return false;
-        // Interrupts that may come now: are there any?
-        if (events & EV_CHECK && (vm->rtc.armed || pending_interrupts(*vm) & h.sie)) return false;
-        warp_sync(); // all have read it
-        if (warp_lane() == 0) *word = next;
-        warp_sync();
-        mode = mode_key(h);
+        return false;
     }
     if (warp_lane() == u.rd) slot->x[u.rd] = value;
     warp_sync();
@@ -251,8 +226,8 @@ SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
         Text *text = text_at(slot->pool, at / TEXT_WORDS);
         volatile u8 *remade = &from->remade[first];
         u32 often = *remade, seldom = often > REMADE_FREE ? often - REMADE_FREE : 0;
-        // A target of 0 stands for one that is not known. Many VMs come here at the same time, and one of them
-        // is enough.
+        // A target of 0 stands for one that is not known. Many VMs come here at the same time, and one of
+        // them is enough.
         if (!(chance & ((1u << seldom) - 1)) && !(kind == LEARN_TARGET && to == 0) &&
             read_through(&from->index[first]) == old)
             again = text_claim(from, first);
@@ -314,10 +289,10 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
     default:
         if (lane == 0) h.pc = s.pc, h.steps = steps;
         warp_sync();
-        if (s.leave == LEAVE_LIMIT || s.leave == LEAVE_LATE) break;
         u32 miss = warp_shuffle(read_through(&slot->miss), 0);
         warp_sync();
-        if (lane == 0) slot->miss = MISS_NONE;
+        if (lane == 0) slot->miss = MISS_NONE; // at a limit too: an interrupt may lead elsewhere
+        if (s.leave == LEAVE_LIMIT || s.leave == LEAVE_LATE) break;
         FetchEntry fetch = slot->fetch[s.pc / FRAME_BYTES % FETCH_ENTRIES];
         if (fetch.tag != (PAGE_OF(s.pc) | s.mode)) {
             WarpFetch found = warp_fetch(slot, s.pc);
@@ -328,7 +303,14 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
         if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, TRACE_NEW) != BUSY) return s;
         if (miss != MISS_NONE && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
-        if (s.leave == LEAVE_STEP && miss == MISS_NONE && warp_quick(slot, insn, s.mode)) {
+        bool quick = s.leave == LEAVE_STEP && miss == MISS_NONE;
+        // With a VM for itself, a warp has tried that before it came here.
+        if (quick && VM_LANES < 32)
+            quick = warp_brief(slot, slot_place(slot), slot->pool->base_ptr, insn, s.mode) ||
+                    warp_quick(slot, insn, s.mode);
+        else if (quick)
+            quick = warp_quick(slot, insn, s.mode);
+        if (quick) {
             s.pc += 4, s.left--;
             if (s.left) return s;
             if (lane == 0) h.pc = s.pc, h.steps = limit;

@@ -30,7 +30,6 @@
 #define TRACE_LENGTH (VM_LANES == 32 ? 31u : VM_LANES)
 #define TEXT_WORDS (FRAME_BYTES / 4)
 #define NO_TEXT 0xFFFFFFFFu
-#define PAGE_OF(va) ((va) & ~(FRAME_BYTES - 1))
 #define BUSY 0xFFFFFFFFu // in an index or the table: another warp is making it
 
 // T_EXIT and T_SLOW stand behind the last instruction: the trace ends, or the instruction there is not for
@@ -99,7 +98,7 @@ enum TraceAlu : u32 {
 //                         27:25 how much is known against the way that it is expected to go
 //          of JALRs       24 see JALR_OPEN
 //   imm    immediate; of jumps, branches and T_EXIT the target relative to the lane's page: FRAME_BYTES for a
-//          T_EXIT that leads to another page
+//          T_EXIT that leads to another page; of T_SLOW the instruction
 //   at     1:0 how it ends if this is the lane behind the last one; the rest: where the instruction is,
 //          relative to the page of the trace's start
 //   more   0 on another page than the trace's start   1 of lane 0: the trace is in use   6:2 rd
@@ -149,8 +148,8 @@ FN TraceLane load_lane(u64 address) {
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said
     u32 index[TEXT_WORDS]; // trace that starts there plus one, 0 for none yet, or BUSY
-    // What was last learned of the branch there: 0 way to go, 1 it is known. 7: the trace that starts there is
-    // being made again.
+    // What was last learned of the branch there: 0 way to go, 1 it is known. 7: the trace that starts there
+    // is being made again.
     u8 hints[TEXT_WORDS];
     u32 targets[TEXT_WORDS]; // where the JALR there has led, relative to its page; 0: not known
     u8 remade[TEXT_WORDS];   // how often the trace that starts there was made again, see REMADE_FREE
@@ -281,7 +280,8 @@ FN void hint_set(Text *text, u32 word, bool taken) {
 }
 
 // What a new trace takes the place of: what the index says, 0 for none; how many of its lanes go the same way
-// again, but for the last of them, if `turns`: a branch that goes the other way, or a JALR that leads to `to`.
+// again, but for the last of them, if `turns`: a branch that goes the other way, or a JALR that leads to
+// `to`.
 struct TraceBefore {
     u32 entry, lanes, turns, to;
 };
@@ -372,7 +372,9 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, TraceBefore 
             bool same = length < before.lanes && (warp_shuffle(was.at, length) & ~3u) == here_page + 4 * at;
             turned = same && before.turns && length + 1 == before.lanes;
             again = same && !turned && (was_op & 7) == T_BRANCH;
-            doubt = again ? was_op >> LANE_DOUBT_SHIFT & LANE_DOUBT_MOST : turned ? DOUBT_TURNED : DOUBT_KNOWN;
+            doubt = again    ? was_op >> LANE_DOUBT_SHIFT & LANE_DOUBT_MOST
+                    : turned ? DOUBT_TURNED
+                             : DOUBT_KNOWN;
         }
         if (open) {
             to = again ? was_imm - here_page : before.to;
@@ -463,6 +465,7 @@ SLOW u32 trace_make(const VmSlot *slot, u32 text, u32 pc, u32 mode, TraceBefore 
         low = end ? end_class : T_ALU | A_ADD << 3;
         bool near = at < TEXT_WORDS;
         out.imm = !end ? 0 : near ? 4 * at : FRAME_BYTES;
+        if (low == T_SLOW) out.imm = here_text->words[at % TEXT_WORDS];
         my_at = here_page + 4 * at, my_level = 0, my_operands = 0, my_next = lane;
         my_text = near ? here_number : text;
         if (low == T_SLOW) ends = END_STEP;

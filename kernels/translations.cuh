@@ -6,7 +6,11 @@
 
 // Translations differ by mode, and in S mode by SUM.
 #define MODE_U_KEY 4u
-FN u32 mode_key(const Hart &h) { return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? 12 : 8; }
+#define MODE_S_KEY 8u
+#define MODE_S_SUM_KEY 12u
+FN u32 mode_key(const Hart &h) {
+    return h.mode == MODE_U ? MODE_U_KEY : h.sstatus & SSTATUS_SUM ? MODE_S_SUM_KEY : MODE_S_KEY;
+}
 
 // Which 4 MiB have large pages among the translations at hand: a bit for many of them.
 FN u32 large_mark(u32 va) { return 1u << ((va >> 22 ^ va >> 27) & 31); }

@@ -13,6 +13,8 @@
 static_assert(VM_LANES * VMS_PER_WARP == 32, "1, 2, 4, 8, 16 or 32 VMs in a warp");
 #define VM_LANES_MASK (VM_LANES == 32 ? ALL_LANES : (1u << VM_LANES % 32) - 1)
 
+#define PAGE_OF(va) ((va) & ~(FRAME_BYTES - 1))
+
 // Translations at hand. A tag is virtual page | mode key, or 0 for none; of data also TAG_WRITABLE, if stores
 // may go to the frame directly. The host chooses how many: in large fleets shared memory is scarce.
 #ifndef DATA_ENTRIES
@@ -44,8 +46,8 @@ struct alignas(8) VmSlot {
     u32 large;            // 4 MiB that have large pages here, see large_mark
     // What the lanes leave their loop for, see warp_serve: the access whose page is not at hand, ...
     u32 miss_va, miss; // MISS_NONE, MISS_LOAD or MISS_STORE
-    // ... and what is to be learned: text and word of the branch or jump; LEARN_WAY and so on, its lane and the
-    // trace (LEARN_OF); where that started; where the jump led, relative to its page.
+    // ... and what is to be learned: text and word of the branch or jump; LEARN_TAKEN and so on, its lane and
+    // the trace (LEARN_OF); where that started; where the jump led, relative to its page.
     u32 learn_at, learn, learn_start, learn_to;
     Vm *vm;
     Pool *pool;

@@ -545,11 +545,15 @@ fn slices_are_invisible() {
         ECALL,
         SRET,
     ];
-    let run = |budget: u64, until: u64| {
-        let mut b = Bench::new(RAM, &main);
+    let begin = || {
+        let b = Bench::new(RAM, &main);
         b.write(HANDLER, &bytes(&handler));
         let h = b.hart();
         (h.stvec, h.sie, h.sstatus, h.x[9], h.x[26]) = (HANDLER, STI, SSTATUS_SIE, 0x4ffe & !3, SSTATUS_SPP);
+        b
+    };
+    let run = |budget: u64, until: u64| {
+        let mut b = begin();
         b.steps(until, budget);
         (b.state(0), b.ram_hash(0))
     };
@@ -558,5 +562,17 @@ fn slices_are_invisible() {
         for budget in [1, 7, 1000, 1023, 1025] {
             assert_eq!(run(budget, until), whole, "slices of {budget}, after {until} steps");
         }
+        // Those that end because they have lasted long enough, too.
+        if slices_last(40) {
+            let (mut b, mut steps, mut slices) = (begin(), 0, 0);
+            while steps < until {
+                let result = b.slice(until - steps);
+                assert_eq!(result.exit, EXIT_BUDGET);
+                (steps, slices) = (steps + result.steps, slices + 1);
+            }
+            assert_eq!((b.state(0), b.ram_hash(0)), whole, "{slices} short slices, after {until} steps");
+            assert!(slices > until / 20_000, "{slices} slices for {until} steps");
+        }
+        slices_last(0);
     }
 }

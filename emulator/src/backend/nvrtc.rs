@@ -11,6 +11,7 @@ use libloading::Library;
 pub const HEADERS: &[(&str, &str)] = &[
     ("abi.h", include_str!(concat!(env!("OUT_DIR"), "/abi.h"))),
     ("base.cuh", include_str!("../../../kernels/base.cuh")),
+    ("brief.cuh", include_str!("../../../kernels/brief.cuh")),
     ("bus.cuh", include_str!("../../../kernels/bus.cuh")),
     ("csr.cuh", include_str!("../../../kernels/csr.cuh")),
     ("engine_w.cuh", include_str!("../../../kernels/engine_w.cuh")),

@@ -67,6 +67,16 @@ unsafe extern "C" {
         results: *mut SliceResult,
     );
     fn machine_warp_forget_l4(pool: *const Pool, vm: u32);
+    fn machine_warp_cycles(cycles: u32);
+    fn machine_warp_cycles_l4(cycles: u32);
+}
+
+/// Slices of this thread end early once somebody has looked at the clock so often; 0: never. False: this engine has no
+/// clock.
+pub fn slices_last(cycles: u32) -> bool {
+    // SAFETY: each sets a variable of this thread.
+    unsafe { (machine_warp_cycles(cycles), machine_warp_cycles_l4(cycles)) };
+    matches!(By::environment(), By::Warp | By::WarpShared)
 }
 
 /// VMs in a warp of [`By::WarpShared`].

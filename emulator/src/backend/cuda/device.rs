@@ -129,7 +129,15 @@ fn format(plan: &Plan, kind: EngineKind) -> Format {
     let traces = plan.traces.min(kept::TRACE_BYTES_MOST / trace_bytes);
     let lane_text = kept::LANE_TEXT;
     let trace_used = kept::TRACE_USED;
-    Format { trace_bytes, slots: plan.slots(), texts: plan.texts, traces, room: plan.traces, lane_text, trace_used }
+    Format {
+        trace_bytes,
+        slots: plan.slots(),
+        texts: plan.texts,
+        traces,
+        room: plan.traces,
+        lane_text,
+        trace_used,
+    }
 }
 
 /// The register budget for so many warps.

@@ -66,8 +66,11 @@ impl CudaEngine {
                 let (vm, batch) = (slice.vm, self.batch);
                 return Err(EngineError(format!("VM {vm} in a list of {batch} for VMs {range:?}")));
             }
-            let entry =
-                GpuSlice { vm: slice.vm - range.start, cycles: self.cycles(&slice.request), request: slice.request };
+            let entry = GpuSlice {
+                vm: slice.vm - range.start,
+                cycles: self.cycles(&slice.request),
+                request: slice.request,
+            };
             // SAFETY: in bounds, and no launch reads the list now.
             unsafe {
                 self.list.as_ptr().add(i).write_volatile(entry);

@@ -142,7 +142,8 @@ impl Decoded {
             .flat_map(|text| &mut text[INDEX])
             .filter(|entry| **entry != 0)
             .collect();
-        let used = |entry| trace_of(&traces, format.trace_bytes, entry).is_some_and(|trace| format.is_used(trace));
+        let used =
+            |entry| trace_of(&traces, format.trace_bytes, entry).is_some_and(|trace| format.is_used(trace));
         entries.sort_by_cached_key(|entry| (!used(**entry), **entry));
         let mut bytes = Vec::new();
         let (mut last, mut number) = (0, 0);

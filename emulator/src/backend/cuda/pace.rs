@@ -53,10 +53,10 @@ impl Pace {
         let nanos = took.as_nanos().max(1);
         if full.is_some() {
             let wanted = self.target.as_nanos() * u128::from(budget) / u128::from(self.budget());
-            let time = Duration::from_nanos(
-                (self.time.as_nanos() * wanted / nanos).try_into().unwrap_or(u64::MAX),
-            );
-            self.time = time.clamp(self.time / 2, self.time * 2).clamp(self.target / SHARE_LEAST, self.target);
+            let time =
+                Duration::from_nanos((self.time.as_nanos() * wanted / nanos).try_into().unwrap_or(u64::MAX));
+            self.time =
+                time.clamp(self.time / 2, self.time * 2).clamp(self.target / SHARE_LEAST, self.target);
         }
         let goal = match full {
             Some(steps) => u128::from(steps) * self.target.as_nanos() / nanos,
@@ -78,42 +78,68 @@ mod tests {
         SliceResult { steps, exit, ..SliceResult::default() }
     }
 
+    /// A launch of as many waves of VMs, each as fast as it says in instructions a microsecond: what it takes, and what it
+    /// did.
+    fn launch(pace: &Pace, waves: u32, speeds: &[u64]) -> (Duration, Vec<SliceResult>) {
+        let budget = pace.budget();
+        let time = pace.time(budget);
+        let of = |speed: &u64| (budget * 1_000 / speed).min(time.as_nanos() as u64);
+        let wave = Duration::from_nanos(speeds.iter().map(of).max().unwrap());
+        // and 20 us for the launch itself
+        let results = speeds.iter().map(|speed| ran(of(speed) * speed / 1_000, EXIT_BUDGET)).collect();
+        (wave * waves + Duration::from_micros(20), results)
+    }
+
     #[test]
-    fn it_settles_at_the_target() {
-        let mut pace = Pace::new(Duration::from_millis(8));
-        // 7 million instructions a second, and 20 us for the launch itself
-        let time = |steps: u64| Duration::from_nanos(steps * 1_000 / 7 + 20_000);
-        for _ in 0..20 {
-            let budget = pace.budget();
-            pace.learn(time(budget), budget, &[ran(budget, EXIT_BUDGET), ran(5, crate::abi::EXIT_IDLE)]);
+    fn it_settles_at_the_target_and_vms_end_together() {
+        for (waves, speeds) in [(1, [7, 7]), (1, [7, 5]), (3, [6, 7]), (1, [200, 200])] {
+            let mut pace = Pace::new(Duration::from_millis(8));
+            for _ in 0..30 {
+                let (took, results) = launch(&pace, waves, &speeds);
+                pace.learn(took, pace.budget(), &results);
+            }
+            let (took, results) = launch(&pace, waves, &speeds);
+            assert!(
+                took > Duration::from_micros(7_500) && took < Duration::from_micros(8_100),
+                "{waves} of {speeds:?}: {took:?}"
+            );
+            // Time ends them, not the budget: the slower one has not had longer.
+            let each = |i: usize| results[i].steps / speeds[i];
+            assert!(each(0).abs_diff(each(1)) < 10 && results[0].steps < pace.budget(), "{speeds:?}");
         }
-        let took = time(pace.budget());
-        assert!(took > Duration::from_micros(7_500) && took < Duration::from_micros(8_100), "{took:?}");
+    }
+
+    #[test]
+    fn less_to_do_takes_less_time() {
+        let pace = Pace::new(Duration::from_millis(8));
+        assert_eq!(pace.time(pace.budget()), Duration::from_millis(8));
+        assert_eq!(pace.time(pace.budget() / 4), Duration::from_millis(2));
+        assert_eq!(pace.time(u64::MAX), Duration::from_nanos(u64::MAX));
     }
 
     #[test]
     fn it_moves_in_steps_and_within_bounds() {
+        let first = FIRST * SLACK;
         let mut pace = Pace::new(Duration::from_millis(8));
-        pace.learn(Duration::from_secs(1), &[ran(FIRST, EXIT_BUDGET)]);
-        assert_eq!(pace.budget(), FIRST / 2);
+        pace.learn(Duration::from_secs(1), first, &[ran(FIRST, EXIT_BUDGET)]);
+        assert_eq!((pace.budget(), pace.time), (first / 2, Duration::from_millis(4)));
         for _ in 0..30 {
-            pace.learn(Duration::from_secs(9), &[ran(pace.budget(), EXIT_BUDGET)]);
+            pace.learn(Duration::from_secs(9), pace.budget(), &[ran(pace.budget(), EXIT_BUDGET)]);
         }
-        assert_eq!(pace.budget(), LEAST);
+        assert_eq!((pace.budget(), pace.time), (LEAST * SLACK, Duration::from_millis(8) / SHARE_LEAST));
         for _ in 0..30 {
-            pace.learn(Duration::ZERO, &[ran(pace.budget(), EXIT_BUDGET)]);
+            pace.learn(Duration::ZERO, pace.budget(), &[ran(pace.budget(), EXIT_BUDGET)]);
         }
-        assert_eq!(pace.budget(), MOST);
+        assert_eq!((pace.budget(), pace.time), (MOST * SLACK, Duration::from_millis(8)));
     }
 
     #[test]
     fn idle_guests_teach_nothing_unless_they_are_slow() {
+        let first = FIRST * SLACK;
         let mut pace = Pace::new(Duration::from_millis(8));
-        pace.learn(Duration::from_micros(50), &[ran(10, crate::abi::EXIT_IDLE)]);
-        assert_eq!(pace.budget(), FIRST);
-        pace.learn(Duration::from_millis(16), &[ran(10, crate::abi::EXIT_IDLE)]);
-        assert_eq!(pace.budget(), FIRST);
-        pace.learn(Duration::from_millis(80), &[ran(10, crate::abi::EXIT_IDLE)]);
-        assert_eq!(pace.budget(), FIRST / 2);
+        for (millis, expected) in [(0, first), (16, first), (80, first / 2)] {
+            pace.learn(Duration::from_millis(millis), first, &[ran(10, crate::abi::EXIT_IDLE)]);
+            assert_eq!(pace.budget(), expected);
+        }
     }
 }

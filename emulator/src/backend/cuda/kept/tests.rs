@@ -1,6 +1,7 @@
 use super::*;
 
-const FORMAT: Format = Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, room: 50, lane_text: None, trace_used: None };
+const FORMAT: Format =
+    Format { trace_bytes: 64, slots: 32, texts: 8, traces: 40, room: 50, lane_text: None, trace_used: None };
 
 /// A text whose index has these entries, at words of the page that depend on it.
 fn text(fill: u32, entries: &[u32]) -> Vec<u32> {
@@ -35,7 +36,8 @@ fn what_is_written_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("a/b");
     assert!(read(&file, FORMAT).decoded.is_none() && read(&file, FORMAT).trouble.is_none());
-    let decoded = sample();
+    let mut decoded = sample();
+    decoded.steps = 0x1234_5678_9abc;
     assert_eq!((decoded.texts(), decoded.trace_count()), (3, 4));
     assert!(write(&file, &decoded).unwrap());
     assert_eq!(std::fs::metadata(&file).unwrap().len(), decoded.file_bytes());
@@ -120,6 +122,33 @@ fn traces_in_use_are_kept_and_numbered_anew() {
     assert_eq!(kept, expected.into_iter().zip(1..).collect::<Vec<_>>());
     assert_eq!(decoded.trace_count(), 40);
     assert_eq!(Decoded::decode(decoded.encode(), FORMAT).map(in_memory), Ok(decoded));
+}
+
+/// Where there is no room for all, those that were seen to be executed stay; to stay again they have to be seen again.
+#[test]
+fn traces_that_are_executed_are_kept_before_others() {
+    let format = Format { trace_used: Some((12, 2)), traces: 2, ..FORMAT };
+    // Traces 2 and 4 of four were seen.
+    let traces = |count: usize| {
+        let mut bytes = trace_bytes(count);
+        for (n, trace) in bytes.chunks_mut(64).enumerate() {
+            trace[12] = if n % 2 == 1 { 0x83 } else { 0x81 };
+        }
+        Ok::<_, ()>(bytes)
+    };
+    let mut table = vec![0; 32];
+    table[4] = 1;
+    let decoded = Decoded::gather(format, &table, |_| Ok(text(7, &[1, 2, 3, 4])), traces).unwrap();
+    let index: Vec<u32> = (0..4).map(|n| decoded.words[INDEX.start + n * 7]).collect();
+    assert_eq!((index, decoded.trace_count()), (vec![0, 1, 0, 2], 2));
+    assert_eq!([decoded.traces()[12], decoded.traces()[64 + 12]], [0x81; 2]);
+    assert_eq!(decoded.traces()[64 + 13], trace_bytes(4)[3 * 64 + 13]);
+    // With room for more, others follow.
+    let decoded =
+        Decoded::gather(Format { traces: 3, ..format }, &table, |_| Ok(text(7, &[1, 2, 3, 4])), traces)
+            .unwrap();
+    let index: Vec<u32> = (0..4).map(|n| decoded.words[INDEX.start + n * 7]).collect();
+    assert_eq!(index, [3, 1, 0, 2]);
 }
 
 #[test]
