@@ -53,6 +53,7 @@ FN bool brief_fill(VmSlot *slot, u64 frames, u32 va, u32 mode, bool store) {
         walk.writes && (walk.entry & FRAME_PRIVATE) && !load_word(slot->pool->code_of_ptr + 4ull * frame);
     if (warp_any(store && !direct)) return false;
     DataEntry &entry = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    warp_sync(); // all have read what was there
     if (warp_lane() == 0) {
         entry.tag = PAGE_OF(va) | mode | (direct ? TAG_WRITABLE : 0), entry.frame = frame;
         slot->miss = MISS_NONE;
@@ -69,6 +70,7 @@ FN bool brief_fetch(VmSlot *slot, u64 frames, u32 pc, u32 mode) {
     u32 known = load_word(slot->pool->code_of_ptr + 4ull * (walk.entry & FRAME_MASK));
     if (warp_any(known == 0)) return false;
     FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
+    warp_sync(); // all have read what was there
     if (warp_lane() == 0) {
         entry.tag = PAGE_OF(pc) | mode, entry.text = known - 1;
         if (walk.large) slot->large |= large_mark(pc);
@@ -108,6 +110,7 @@ FN bool brief_atomic(VmSlot *slot, SlotPlace place, u64 frames, u32 insn, u32 mo
     if (warp_any(!is_amo || (a & 3))) return false;
     DataEntry entry = cached_data(place, a);
     if (warp_any(entry.tag != (PAGE_OF(a) | mode | TAG_WRITABLE))) {
+        warp_sync(); // all have read it
         if (warp_lane() == 0) slot->miss_va = a, slot->miss = MISS_STORE;
         warp_sync();
         return false;
@@ -146,13 +149,17 @@ FN bool warp_brief(VmSlot *slot, SlotPlace place, u64 frames, u32 insn, u32 &mod
         if (!brief_atomic(slot, place, frames, insn, mode, a, b, value)) return false;
     } else if (opcode != 0x73) {
         return false;
+    } else if (function == 4) {
+        return false; // reserved
     } else if (function) {
         if (!brief_csr(slot->vm, insn, mode, a, value)) return false;
     } else {
         bool page_fence = insn >> 25 == 9 && (insn >> 15 & 31) && rd == 0; // SFENCE.VMA of an address
         if (!page_fence || mode == MODE_U_KEY || warp_or(slot->large & large_mark(a))) return false;
+        warp_sync(); // all have read what is written now
         if (warp_lane() == 0) forget_page(slot, a);
     }
+    warp_sync(); // likewise
     if (rd && warp_lane() == 0) slot_write(place, rd * 4, value);
     warp_sync();
     return true;

@@ -89,6 +89,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
         u32 chance = (left * 0x85EBCA6Bu + warp_seed()) >> 8;
         if (VM_LANES == 32) {
             LaneState s = {warp_or(leave), pc, left, mode};
+            warp_sync(); // registers and what lanes have noted are written
             bool served = false;
             if (insn) {
                 if (warp_brief(own, slot, frames, insn, s.mode)) {

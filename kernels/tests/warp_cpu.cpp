@@ -152,6 +152,9 @@ extern "C" void machine_warp_forget(const Pool *pool, u32 vm) {
     if (pool->saved_ptr) saved_of(pool, vm)[SAVED_WORDS - 1] = 0;
 }
 
+// When each VM last had its share of texts and traces.
+static thread_local u32 epochs[VMS_MOST];
+
 // For how long slices may last.
 static thread_local u32 warp_cycles;
 extern "C" void machine_warp_cycles(u32 cycles) { warp_cycles = cycles; }
@@ -169,6 +172,12 @@ extern "C" void machine_warp_share(u32 count, Vm *const *vms, Pool *pool, Mailbo
     Warp *w = warp;
     for (u32 i = 0; i < VMS_PER_WARP; i++) {
         u32 of = i < count ? i : 0;
+        // Tests go on with traces, however many they have made before all were forgotten.
+        u32 number = vms[of]->number;
+        if (epochs[number % VMS_MOST] != pool->code_epoch) {
+            epochs[number % VMS_MOST] = pool->code_epoch;
+            vms[of]->ram.texts_made = vms[of]->ram.traces_made = 0;
+        }
         slot_open(&w->slots[i], i < count ? vms[i] : 0, pool, mails[of], saved_of(pool, vms[of]->number),
                   request, &results[of], warp_cycles);
     }

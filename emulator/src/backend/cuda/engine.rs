@@ -49,14 +49,18 @@ impl CudaEngine {
         })
     }
 
-    /// How long a slice may last, in cycles of the multiprocessor; 0 for one that has to end at a certain step.
-    fn cycles(&self, request: &SliceRequest) -> u32 {
+    /// A slice's request as the kernel gets it, and how long it may last, in cycles of the multiprocessor; 0 for any time.
+    fn limits(&self, mut request: SliceRequest) -> (SliceRequest, u32) {
         if request.reserved != 0 {
-            return 0;
+            return (request, 0); // it has to end at a certain step
         }
+        let Some(time) = self.pace.time(request.budget) else {
+            request.budget = Pace::short(request.budget);
+            return (request, 0);
+        };
         let kilohertz = u128::from(self.device.context.properties().kilohertz);
-        let cycles = self.pace.time(request.budget).as_nanos() * kilohertz / 1_000_000;
-        cycles.clamp(1, CYCLES_MOST.into()) as u32
+        let cycles = time.as_nanos() * kilohertz / 1_000_000;
+        (request, cycles.clamp(1, CYCLES_MOST.into()) as u32)
     }
 
     fn write_list(&self, slices: &[Slice]) -> Result<(), EngineError> {
@@ -66,11 +70,8 @@ impl CudaEngine {
                 let (vm, batch) = (slice.vm, self.batch);
                 return Err(EngineError(format!("VM {vm} in a list of {batch} for VMs {range:?}")));
             }
-            let entry = GpuSlice {
-                vm: slice.vm - range.start,
-                cycles: self.cycles(&slice.request),
-                request: slice.request,
-            };
+            let (request, cycles) = self.limits(slice.request);
+            let entry = GpuSlice { vm: slice.vm - range.start, cycles, request };
             // SAFETY: in bounds, and no launch reads the list now.
             unsafe {
                 self.list.as_ptr().add(i).write_volatile(entry);

@@ -39,10 +39,17 @@ impl Pace {
         self.fitting * SLACK
     }
 
-    /// For how long a VM runs that may execute so many instructions.
-    pub fn time(&self, budget: u64) -> Duration {
+    /// For how long a VM runs that may execute so many instructions. None for fewer than [`Self::budget`]: the clock is
+    /// looked at too seldom for short slices. They end after [`Self::short`] instructions.
+    pub fn time(&self, budget: u64) -> Option<Duration> {
         let nanos = self.time.as_nanos() * u128::from(budget) / u128::from(self.budget());
-        Duration::from_nanos(nanos.try_into().unwrap_or(u64::MAX))
+        let time = Duration::from_nanos(nanos.try_into().unwrap_or(u64::MAX));
+        (budget >= self.budget()).then_some(time)
+    }
+
+    /// The instructions of a short slice with this budget.
+    pub fn short(budget: u64) -> u64 {
+        (budget / SLACK).max(1)
     }
 
     /// Learns from a launch that took `took`. Only slices that used up their budget or their time tell how fast the device
@@ -51,7 +58,7 @@ impl Pace {
         let full =
             results.iter().filter(|result| result.exit == EXIT_BUDGET).map(|result| result.steps).max();
         let nanos = took.as_nanos().max(1);
-        if full.is_some() {
+        if full.is_some() && budget >= self.budget() {
             let wanted = self.target.as_nanos() * u128::from(budget) / u128::from(self.budget());
             let time =
                 Duration::from_nanos((self.time.as_nanos() * wanted / nanos).try_into().unwrap_or(u64::MAX));
@@ -82,7 +89,7 @@ mod tests {
     /// did.
     fn launch(pace: &Pace, waves: u32, speeds: &[u64]) -> (Duration, Vec<SliceResult>) {
         let budget = pace.budget();
-        let time = pace.time(budget);
+        let time = pace.time(budget).unwrap();
         let of = |speed: &u64| (budget * 1_000 / speed).min(time.as_nanos() as u64);
         let wave = Duration::from_nanos(speeds.iter().map(of).max().unwrap());
         // and 20 us for the launch itself
@@ -110,11 +117,17 @@ mod tests {
     }
 
     #[test]
-    fn less_to_do_takes_less_time() {
-        let pace = Pace::new(Duration::from_millis(8));
-        assert_eq!(pace.time(pace.budget()), Duration::from_millis(8));
-        assert_eq!(pace.time(pace.budget() / 4), Duration::from_millis(2));
-        assert_eq!(pace.time(u64::MAX), Duration::from_nanos(u64::MAX));
+    fn short_slices_are_not_timed() {
+        let mut pace = Pace::new(Duration::from_millis(8));
+        let budget = pace.budget();
+        assert_eq!(pace.time(budget), Some(Duration::from_millis(8)));
+        assert_eq!(pace.time(budget * 2), Some(Duration::from_millis(16)));
+        assert_eq!(pace.time(u64::MAX), Some(Duration::from_nanos(u64::MAX)));
+        assert_eq!((pace.time(budget - 1), Pace::short(budget / 4), Pace::short(1)), (None, FIRST / 4, 1));
+        // Nor do they say for how long others may run; but how fast the device is.
+        let took = Duration::from_millis(4);
+        pace.learn(took, budget / 4, &[ran(FIRST / 4, EXIT_BUDGET)]);
+        assert_eq!((pace.time, pace.budget()), (Duration::from_millis(8), budget / 2));
     }
 
     #[test]
