@@ -79,7 +79,8 @@ FN bool brief_fetch(VmSlot *slot, u64 frames, u32 pc, u32 mode) {
     return true;
 }
 
-// Whether an interrupt could come as soon as it may; true if in doubt.
+// Whether an interrupt could come as soon as it may; true if in doubt. hart.steps is that of the last turn:
+// had the timer's deadline passed since, there would have been another one.
 FN bool may_be_interrupted(const Vm *vm) {
     const Hart &h = vm->hart;
     u32 sie = h.sie;

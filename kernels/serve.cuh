@@ -207,7 +207,7 @@ struct LaneState {
 #define LEARN_TAKEN 1u
 #define LEARN_PAGE 2u
 #define LEARN_TARGET 3u
-// VmSlot::learn; the trace's number has 25 bits (see plan.rs: 2^19 of 512 bytes at most).
+// VmSlot::learn; the trace's number has 25 bits, see plan.rs.
 #define LEARN_OF(kind, lane, trace) ((kind) | (lane) << 2 | (trace) << 7)
 
 // A trace is left more often than not by a branch or a JALR, or was left at a page that was not at hand when

@@ -11,7 +11,7 @@ use super::choice::{EngineKind, Translations};
 use super::cubin::{self, Code};
 use super::driver::{Argument, Buffer, CallError, Context, Function, Module, Pinned, Resources, Stream};
 use super::error::Error;
-use super::kept::{self, Decoded, Format, Loaded};
+use super::kept::{self, Cleared, Decoded, Format, InFile, Loaded};
 use super::plan::{Demand, DoesNotFit, Plan};
 use crate::abi::{
     CODE_FIRST, FRAME_BYTES, FRAME_MASK, LESSONS_OFTEN, LESSONS_SELDOM, Mailbox, Pool, SliceResult,
@@ -56,23 +56,6 @@ impl Known {
     }
 }
 
-/// What is in the file with decoded code.
-#[derive(Debug, Default)]
-struct Kept {
-    texts: u64,
-    /// Steps that it was learned from.
-    steps: u64,
-}
-
-/// When decoded code was last cleared, and what it has been learned from: steps of earlier starts, and those here but for
-/// the first so many.
-#[derive(Debug, Default)]
-struct Cleared {
-    at: Option<Instant>,
-    earlier_steps: u64,
-    but_for: u64,
-}
-
 /// The VMs of one device.
 #[derive(Debug)]
 pub(super) struct Device {
@@ -101,7 +84,7 @@ pub(super) struct Device {
     /// Where decoded code is kept, if it is.
     kept: Option<PathBuf>,
     /// What that file has; held while it is written.
-    in_file: Mutex<Kept>,
+    in_file: Mutex<InFile>,
     reset: Function,
     forget_code: Function,
     code_cleared: Mutex<Cleared>,
@@ -244,7 +227,7 @@ impl Device {
             resources,
             code,
             lessons: AtomicU32::new(if loaded.counts.is_some() { LESSONS_SELDOM } else { LESSONS_OFTEN }),
-            in_file: Mutex::new(Kept {
+            in_file: Mutex::new(InFile {
                 texts: loaded.counts.map_or(0, |(texts, _)| texts.into()),
                 steps: loaded.steps,
             }),
@@ -405,14 +388,14 @@ impl Device {
         };
         match kept::write(file, &decoded) {
             // Too much of it is no failure, and won't become less.
-            Ok(_) => *in_file = Kept { texts: decoded.texts().into(), steps: decoded.steps },
+            Ok(_) => *in_file = InFile { texts: decoded.texts().into(), steps: decoded.steps },
             Err(error) => return trouble(&error),
         }
         None
     }
 
     /// The decoded code, if there is much more than in its file.
-    fn decoded(&self, in_file: &Kept) -> Result<Option<Decoded>, CallError> {
+    fn decoded(&self, in_file: &InFile) -> Result<Option<Decoded>, CallError> {
         let [_, _, _, texts, text_table, traces, _] = &self._memory;
         let steps = {
             let cleared = crate::sync::lock(&self.code_cleared);

@@ -332,6 +332,23 @@ impl From<&Found> for Loaded {
     }
 }
 
+/// What is in the file with decoded code.
+#[derive(Debug, Default)]
+pub(super) struct InFile {
+    pub texts: u64,
+    /// Steps that it was learned from.
+    pub steps: u64,
+}
+
+/// When decoded code was last cleared, and what it has been learned from: steps of earlier starts, and those here but for
+/// the first so many.
+#[derive(Debug, Default)]
+pub(super) struct Cleared {
+    pub at: Option<Instant>,
+    pub earlier_steps: u64,
+    pub but_for: u64,
+}
+
 /// `$XDG_CACHE_HOME/linux-on-gpu/decoded`, else `~/.cache/linux-on-gpu/decoded`; none if neither variable is set.
 pub(super) fn folder() -> Option<PathBuf> {
     Some(cubin::cache_folder()?.with_file_name("decoded"))

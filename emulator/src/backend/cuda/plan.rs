@@ -8,6 +8,8 @@ const CODE_PERCENT: u64 = 2;
 /// and more than 262,144 for 24,576 VMs, which begin new ones wherever an interrupt or the end of a slice finds them.
 const TEXTS: std::ops::RangeInclusive<u64> = 512..=TEXTS_MOST as u64;
 const TRACES_COST: u64 = 128 * 512;
+/// A trace's number has 25 bits where it is noted (`LEARN_OF` in `kernels/serve.cuh`), and a trace 16 bytes at least.
+const _: () = assert!(*TEXTS.end() * TRACES_COST / 16 < 1 << 25);
 /// Entries of the hash table for each text.
 const SLOTS_PER_TEXT: u64 = 4;
 /// Left to the driver: stacks of the kernels, other programs' small needs.
