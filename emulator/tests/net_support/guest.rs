@@ -141,7 +141,9 @@ impl Guest {
                     _ => moved = true,
                 }
             }
-            self.interface.poll(time, &mut link, &mut self.sockets);
+            // No ingress here: a SYN that has come meanwhile would find no server, and be refused.
+            self.interface.poll_maintenance(time);
+            self.interface.poll_egress(time, &mut link, &mut self.sockets);
             let handles: Vec<SocketHandle> = self.sockets.iter().map(|(handle, _)| handle).collect();
             for handle in handles {
                 moved |= self.serve(handle);
