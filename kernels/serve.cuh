@@ -254,7 +254,8 @@ SLOW u32 warp_begin(VmSlot *slot) {
     return events & (EV_CHECK | EV_EXIT);
 }
 
-// Interrupts, idling and the next deadline. False: the slice is over, at the latest if it is `late`.
+// Interrupts, idling and the next deadline. False: the slice is over, as it is in any case if it has lasted
+// long enough (`late`).
 SLOW bool warp_turn(VmSlot *slot, u32 events, bool late) {
     Machine m = machine_at(slot);
     u32 turn = TURN_RUN;

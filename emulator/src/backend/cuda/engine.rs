@@ -17,7 +17,7 @@ const SPIN: Duration = Duration::from_micros(200);
 const SPIN_WATCHED: Duration = Duration::from_millis(4);
 /// Between two looks at a longer one.
 const NAP: Duration = Duration::from_micros(50);
-/// The clock that a slice looks at starts over after twice as many cycles: 1 s.
+/// A slice lasts no more cycles, some 1 s: the clock that it looks at has 32 bits, and starts over after twice as many.
 const CYCLES_MOST: u32 = 1 << 31;
 /// Marks a result that no warp has written.
 const NOT_WRITTEN: u32 = u32::MAX;
