@@ -28,7 +28,7 @@ macro_rules! layouts {
 }
 
 /// The structures that kernels/ sees.
-const STRUCTURES: [&str; 14] = [
+const STRUCTURES: [&str; 15] = [
     "Hart",
     "Plic",
     "Uart",
@@ -38,6 +38,7 @@ const STRUCTURES: [&str; 14] = [
     "Ram",
     "Vm",
     "Slot",
+    "Rings",
     "Mailbox",
     "Pool",
     "GpuSlice",
@@ -60,9 +61,10 @@ fn layout_assertions() -> String {
         VirtioNet { queue, status, interrupt, device_sel, driver_sel, driver_features, queue_sel, generation, mac, mtu, tx_stalled, reserved, rx_frames, rx_bytes, tx_frames, tx_bytes, rx_dropped, tx_dropped, errors }
         Rtc { epoch_ns, alarm_ns, latched_high, alarm_high, armed, irq_enabled, interrupt, reserved }
         Ram { table_ptr, pages, private_frames, code_used, code_hand, reserved, texts_made, traces_made }
-        Vm { hart, ram, engine_ptr, number, exit, plic, uart, net, rtc }
-        Slot { len, data }
-        Mailbox { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail, out, input, rx, tx }
+        Vm { hart, ram, engine_ptr, number, exit, plic, uart, net, rtc, rings }
+        Slot { len, flags, data }
+        Rings { out_head, out_tail, in_head, in_tail, rx_head, rx_tail, tx_head, tx_tail }
+        Mailbox { rings, out, input, rx, tx }
         Pool { base_ptr, ring_ptr, head, tail, capacity, shared_frames, code_of_ptr, code_frame_ptr, code_ptr, code_pages_per_vm, text_count, text_ptr, text_table_ptr, trace_ptr, text_capacity, text_slots, trace_capacity, trace_count, saved_ptr, code_epoch, reserved }
         GpuSlice { vm, cycles, request }
         SliceRequest { budget, now_ticks, time_mode, reserved }

@@ -45,11 +45,20 @@ typedef long long i64;
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
-// Words that host and machine share. On a GPU the mailbox is mapped host memory: volatile and a system fence.
+// Words that host and machine share; to peek says nothing of what else the other side has written.
+FN u32 shared_peek(const u32 *word) {
+#if MACHINE_GPU
+    u32 value;
+    asm volatile("ld.relaxed.sys.u32 %0, [%1];" : "=r"(value) : "l"(word));
+    return value;
+#else
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+#endif
+}
 FN u32 shared_load(const u32 *word) {
 #if MACHINE_GPU
-    u32 value = *(const volatile u32 *)word;
-    __threadfence_system();
+    u32 value;
+    asm volatile("ld.acquire.sys.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
     return value;
 #else
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);
@@ -57,8 +66,7 @@ FN u32 shared_load(const u32 *word) {
 }
 FN void shared_store(u32 *word, u32 value) {
 #if MACHINE_GPU
-    __threadfence_system();
-    *(volatile u32 *)word = value;
+    asm volatile("st.release.sys.u32 [%0], %1;" : : "l"(word), "r"(value) : "memory");
 #else
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 #endif

@@ -54,13 +54,14 @@ FN u32 rounds_past(u32 round) { return 31 - last_of(round); }
 
 // Prepares a slot; `vm` is null if there is no VM for it. The slice lasts `cycles` of the clock at most, or
 // any time if that is 0.
-FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest *request,
+FN void slot_open(VmSlot *slot, Vm *vm, Pool *pool, Mailbox *mail, u64 *saved, const SliceRequest &request,
                   SliceResult *result, u32 cycles) {
     slot->vm = vm, slot->pool = pool, slot->mail = mail, slot->saved = saved, slot->request = request,
     slot->result = result;
+    slot->frames = pool->base_ptr, slot->index = pool->text_ptr + FRAME_BYTES, slot->traces = pool->trace_ptr;
     slot->x[0] = slot->x[PAGE_SLOT] = 0, slot->held_va = HELD_NONE, slot->miss = MISS_NONE;
     if (!vm) return;
-    u64 most = 1ull << 31, budget = request->budget;
+    u64 most = 1ull << 31, budget = request.budget;
     slot->before = slot->limit = vm->hart.steps;
     slot->began = warp_clock(), slot->cycles = cycles;
     slot->end = slot->before + (budget < most ? budget : most);
@@ -73,13 +74,8 @@ FN bool slice_is_late(const VmSlot *slot) {
 
 // Runs the slices of the VMs in `slots`, VMS_PER_WARP of them; those without a VM take part for nothing.
 // Of 2^32 traces `lessons` are looked at for what can be learned.
-FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
-    const u64 frames = pool->base_ptr, index = pool->text_ptr + FRAME_BYTES, traces = pool->trace_ptr;
-    u32 lane = warp_lane();
-    lane = warp_shuffle(lane, lane); // so that the compiler keeps it, and does not ask for it each time
-    const u32 member = VM_LANES == 32 ? lane : lane % VM_LANES;
-    VmSlot *own = slots + lane / VM_LANES;
-    const SlotPlace slot = VM_LANES == 32 ? slot_place_of_warp(own) : slot_place(own);
+FN void warp_slices(VmSlot *slots, u32 lessons) {
+    VmSlot *own = slots + warp_lane() / VM_LANES;
     u32 pc = 0, left = 0, mode = 0, next = 1;
     u32 leave = own->vm ? LEAVE_START : LEAVE_NOT;
     bool over = !own->vm;
@@ -88,14 +84,13 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
         // What the lanes of each VM have left the loop for, one VM after the other.
         u32 chance = (left * 0x85EBCA6Bu + warp_seed()) >> 8;
         if (VM_LANES == 32) {
+            const u64 frames = read_through(&own->frames);
+            const SlotPlace slot = slot_place_of_warp(own);
             LaneState s = {warp_or(leave), pc, left, mode};
             warp_sync(); // registers and what lanes have noted are written
             bool served = false;
             if (insn) {
-                if (warp_brief(own, slot, frames, insn, s.mode)) {
-                    s.pc += 4, s.left--;
-                    s.leave = s.left ? LEAVE_NOT : LEAVE_LIMIT;
-                }
+                if (warp_brief(own, slot, frames, insn, s)) s.leave = s.left ? LEAVE_NOT : LEAVE_LIMIT;
             }
             if (s.leave == LEAVE_STEP) {
                 u32 miss = warp_or(own->miss);
@@ -119,7 +114,7 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
                 s.leave = warp_shuffle(leave, first), s.pc = warp_shuffle(pc, first);
                 s.left = warp_shuffle(left, first), s.mode = warp_shuffle(mode, first);
                 s = warp_serve(slots + number, s, warp_shuffle(chance, first));
-                if (lane / VM_LANES == number) {
+                if (warp_lane() / VM_LANES == number) {
                     pc = s.pc, left = s.left, mode = s.mode;
                     over = s.leave == LEAVE_NOT;
                     leave = LEAVE_NOT, next = over ? 1 : 0;
@@ -128,6 +123,13 @@ FN void warp_slices(VmSlot *slots, const Pool *pool, u32 lessons) {
             }
             if (!warp_any(!over)) return;
         }
+        // Asked for again each time: what lives on behind a call would live in memory.
+        u32 lane = warp_lane();
+        lane = warp_shuffle(lane, lane); // so that the compiler keeps it now
+        const u32 member = VM_LANES == 32 ? lane : lane % VM_LANES;
+        const SlotPlace slot = VM_LANES == 32 ? slot_place_of_warp(own) : slot_place(own);
+        const u64 frames = read_through(&own->frames), index = read_through(&own->index),
+                  traces = read_through(&own->traces);
         for (;;) {
             u32 trace = next - 1, page = PAGE_OF(pc);
             if (next == 0) {

@@ -30,13 +30,14 @@ extern "C" __global__ void machine_run_w(Vm *vms, Pool *pool, Mailbox *mail, con
     if (first >= count) return;
     VmSlot *slots = warp_slots();
     if (lane < VMS_PER_WARP) {
-        u32 i = first + lane < count ? first + lane : first, number = list[i].vm;
-        Vm *vm = first + lane < count ? &vms[number] : 0;
-        slot_open(&slots[lane], vm, pool, &mail[number], saved_of(pool, number), &list[i].request,
-                  &results[i], list[i].cycles);
+        u32 i = first + lane < count ? first + lane : first;
+        const GpuSlice slice = list[i]; // at once: it is in the host's memory
+        Vm *vm = first + lane < count ? &vms[slice.vm] : 0;
+        slot_open(&slots[lane], vm, pool, &mail[slice.vm], saved_of(pool, slice.vm), slice.request,
+                  &results[i], slice.cycles);
     }
     warp_sync();
-    warp_slices(slots, pool, lessons);
+    warp_slices(slots, lessons);
 }
 
 // Gives the VM's own frames back and restores its frame table. The VM is in no launch; the host then writes

@@ -72,14 +72,11 @@ SLOW SbiResult debug_console(Machine &m, u32 function, u32 len, u32 low, u32 hig
         if (done < len) exit_with(m, EXIT_DRAIN);
         return sbi_result(SBI_OK, done);
     }
-    u32 tail = m.mail->in_tail, head = shared_load(&m.mail->in_head);
-    while (done < len && tail != head) {
+    for (u32 left = input_waiting(m); left && done < len; left--, done++) {
         u8 *to = ram_write_at(m, low + done);
         if (!to) break;
-        *to = m.mail->input[tail++ % CONSOLE_IN_BYTES];
-        done++;
+        *to = input_take(m);
     }
-    shared_store(&m.mail->in_tail, tail);
     return sbi_result(SBI_OK, done);
 }
 
@@ -154,16 +151,7 @@ SLOW void sbi_ecall(Machine &m) {
         console_put_blocking(m, (u8)x[10]);
         if (!(m.events & EV_EXIT)) x[10] = 0;
         return;
-    case 2: {
-        u32 tail = m.mail->in_tail;
-        if (tail == shared_load(&m.mail->in_head)) {
-            x[10] = 0xFFFFFFFFu;
-        } else {
-            x[10] = m.mail->input[tail % CONSOLE_IN_BYTES];
-            shared_store(&m.mail->in_tail, tail + 1);
-        }
-        return;
-    }
+    case 2: x[10] = input_waiting(m) ? input_take(m) : 0xFFFFFFFFu; return;
     case 3:
         m.vm->hart.sip &= ~IP_SSIP;
         x[10] = 0;

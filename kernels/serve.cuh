@@ -147,61 +147,6 @@ enum Leave : u32 {
     LEAVE_LATE // the slice has lasted long enough
 };
 
-// LR of a word at hand: notes its physical address. False: leave it to warp_step.
-FN bool warp_hold(VmSlot *slot, u32 va) {
-    Machine m = machine_at(slot);
-    u32 pa = 0, cause = 0;
-    if (warp_lane() == 0) {
-        Walk walk = translate(m, va, ACCESS_LOAD);
-        pa = (u32)walk.pa, cause = walk.cause;
-    }
-    forget(slot, m);
-    if (warp_shuffle(cause, 0)) return false;
-    if (warp_lane() == 0) m.vm->hart.reservation = slot->held_pa = pa, slot->held_va = va;
-    return true;
-}
-
-// LR and SC on pages at hand, and the time: by all lanes alike and with little to look up. Not done: leave it
-// to warp_step.
-FN bool warp_quick(VmSlot *slot, u32 insn, u32 mode) {
-    Hart &h = slot->vm->hart;
-    Uop u = decode(insn, 0);
-    u32 a = read_through(&slot->x[u.rs1]), b = read_through(&slot->x[u.rs2]), value = 0;
-    if (u.op == OP_LR || u.op == OP_SC) {
-        DataEntry entry = cached_data(slot_place(slot), a);
-        u32 differs = entry.tag ^ (PAGE_OF(a) | mode);
-        if (a & 3 || differs & ~TAG_WRITABLE) return false;
-        u64 host = slot->pool->base_ptr + (u64)entry.frame * FRAME_BYTES + a % FRAME_BYTES;
-        if (u.op == OP_LR) {
-            if (!warp_hold(slot, a)) return false;
-            value = load_word(host);
-        } else {
-            // Another address may be the same word: leave that to who looks it up.
-            if (!differs || read_through(&slot->held_va) != a) return false;
-            value = read_through(&h.reservation) != read_through(&slot->held_pa);
-            warp_sync();
-            if (warp_lane() == 0) {
-                if (!value) *(u32 *)(uintptr_t)host = b;
-                h.reservation = NO_RESERVATION;
-            }
-        }
-    } else if (u.op == OP_CSR && (insn >> 20 & ~0x80u) == CSR_TIME && !csr_writes(insn)) {
-        if (mode == MODE_U_KEY && !(h.scounteren >> (CSR_TIME & 31) & 1)) return false;
-        u64 ticks = guest_ticks(h);
-        value = (u32)(insn >> 20 & 0x80 ? ticks >> 32 : ticks);
-    } else {
-        return false;
-    }
-    if (warp_lane() == u.rd) slot->x[u.rd] = value;
-    warp_sync();
-    return true;
-}
-
-// What a VM's lanes leave behind, and what they go on with.
-struct LaneState {
-    u32 leave, pc, left, mode;
-};
-
 // What is to be learned: which way a branch goes, 0 on and 1 to its target; that a page that was not at hand
 // when the trace was made has been come to; where a JALR leads.
 #define LEARN_TAKEN 1u
@@ -247,7 +192,7 @@ SLOW void warp_learn(VmSlot *slot, const LaneState &s, u32 chance) {
 SLOW u32 warp_begin(VmSlot *slot) {
     Machine m = machine_at(slot);
     translations_load(slot);
-    if (warp_lane() == 0) slice_begin(m, *slot->request);
+    if (warp_lane() == 0) slice_begin(m, slot->request);
     warp_sync();
     u32 events = forget(slot, m); // packets may have come to pages at hand
     warp_load(slot);
@@ -304,19 +249,15 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
         if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, TRACE_NEW) != BUSY) return s;
         if (miss != MISS_NONE && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
-        bool quick = s.leave == LEAVE_STEP && miss == MISS_NONE;
         // With a VM for itself, a warp has tried that before it came here.
-        if (quick && VM_LANES < 32)
-            quick = warp_brief(slot, slot_place(slot), slot->pool->base_ptr, insn, s.mode) ||
-                    warp_quick(slot, insn, s.mode);
-        else if (quick)
-            quick = warp_quick(slot, insn, s.mode);
-        if (quick) {
-            s.pc += 4, s.left--;
-            if (s.left) return s;
-            if (lane == 0) h.pc = s.pc, h.steps = limit;
-            warp_sync();
-            break;
+        if (VM_LANES < 32 && s.leave == LEAVE_STEP && miss == MISS_NONE) {
+            if (warp_brief(slot, slot_place(slot), slot->pool->base_ptr, insn, s)) {
+                if (s.left) return s;
+                if (lane == 0) h.pc = s.pc, h.steps = limit;
+                warp_sync();
+                break;
+            }
+            if (lane == 0) slot->miss = MISS_NONE;
         }
         events = warp_step(slot, insn);
     }

@@ -22,11 +22,8 @@ SLOW void system_execute(Machine &m, u32 insn, u32 rs1_value) {
         return;
     }
     if (insn == 0x10200073) { // SRET
-        u32 s = h.sstatus;
-        h.mode = s & SSTATUS_SPP ? MODE_S : MODE_U;
-        s &= ~(SSTATUS_SIE | SSTATUS_SPP);
-        if (s & SSTATUS_SPIE) s |= SSTATUS_SIE;
-        h.sstatus = s | SSTATUS_SPIE;
+        TrapReturn back = trap_return(h.sstatus);
+        h.mode = back.mode, h.sstatus = back.status;
         h.reservation = NO_RESERVATION;
         h.pc = h.sepc;
         m.events |= EV_JUMP | EV_MODE | EV_CHECK;
@@ -113,10 +110,12 @@ SLOW void slice_begin(Machine &m, const SliceRequest &request) {
         advance_time(m, limit);
     }
     m.events = 0;
+    rings_open(m);
     devices_poll(m);
 }
 
 SLOW void slice_end(Machine &m, u64 steps_before, SliceResult &result) {
+    rings_close(m);
     const Vm &vm = *m.vm;
     const Hart &h = vm.hart;
     u64 wake = h.sie & IP_STIP ? h.stimecmp : ~0ull;

@@ -181,8 +181,6 @@ FN void text_release(Text *text, u32 word) {
     atomic_and(hint_word(text, word), ~(HINT_CLAIMED << 8 * (word % 4)));
 }
 
-FN u32 read_through(const u32 *word) { return *(const volatile u32 *)word; }
-
 // What the word says once the warp that makes it has finished. That warp runs, and waits for nobody.
 FN u32 wait_for(const u32 *word, u32 seen) {
     while (seen == BUSY) {

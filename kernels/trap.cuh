@@ -50,6 +50,18 @@ FN void enter_trap(Machine &m, u32 cause, u32 tval, u32 offset) {
     m.events |= EV_JUMP | EV_MODE;
 }
 
+// What SRET makes of sstatus, and the mode it leads to.
+struct TrapReturn {
+    u32 mode, status;
+};
+FN TrapReturn trap_return(u32 status) {
+    TrapReturn back;
+    back.mode = status & SSTATUS_SPP ? MODE_S : MODE_U;
+    back.status = (status & ~(SSTATUS_SIE | SSTATUS_SPP)) | SSTATUS_SPIE;
+    if (status & SSTATUS_SPIE) back.status |= SSTATUS_SIE;
+    return back;
+}
+
 // Takes an exception at hart.pc, which must be that of the instruction that trapped. It counts as a step, so
 // that a hart whose trap handler traps still uses up its slice.
 SLOW void take_exception(Machine &m, u32 cause, u32 tval) {

@@ -1,5 +1,6 @@
 // 16550A UART: registers of the PC16550D data sheet, one byte apart. The wire is the mailbox's pair of rings.
 #pragma once
+#include "mailbox.cuh"
 #include "plic.cuh"
 
 #define IER_RX 1u
@@ -57,20 +58,13 @@ FN u32 uart_lines(const Uart &u) {
 FN void uart_fill(Machine &m) {
     Uart &u = m.vm->uart;
     if ((u.mcr & MCR_LOOP) || !((u.mcr & MCR_RTS) || (u.ier & IER_RX))) return;
-    u32 tail = m.mail->in_tail, head = shared_load(&m.mail->in_head);
-    if (head == tail) return;
-    while (u.rx_len < uart_rx_depth(u) && tail != head)
-        u.rx[u.rx_len++] = m.mail->input[tail++ % CONSOLE_IN_BYTES];
-    shared_store(&m.mail->in_tail, tail);
+    for (u32 left = input_waiting(m); left && u.rx_len < uart_rx_depth(u); left--)
+        u.rx[u.rx_len++] = input_take(m);
 }
 
 // Puts one byte on the wire; false when the ring is full.
 FN bool console_put(Machine &m, u8 byte) {
-    Mailbox *mail = m.mail;
-    u32 head = mail->out_head;
-    if (head - shared_load(&mail->out_tail) >= CONSOLE_OUT_BYTES) return false;
-    mail->out[head % CONSOLE_OUT_BYTES] = byte;
-    shared_store(&mail->out_head, head + 1);
+    if (!output_put(m, byte)) return false;
     if (byte == '\n') {
         Uart &u = m.vm->uart;
         u.newlines++;

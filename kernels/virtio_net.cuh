@@ -5,6 +5,7 @@
 #include "plic.cuh"
 
 #define VIRTIO_F_VERSION_1_HIGH 1u // bit 32
+#define VIRTIO_NET_F_GUEST_CSUM (1u << 1)
 #define VIRTIO_NET_F_MTU (1u << 3)
 #define VIRTIO_NET_F_MAC (1u << 5)
 #define STATUS_DRIVER_OK 4u
@@ -13,12 +14,15 @@
 #define DESC_NEXT 1u
 #define DESC_WRITE 2u
 #define AVAIL_NO_INTERRUPT 1u
-#define NET_HEADER 12u // virtio_net_hdr with num_buffers: always so with VERSION_1 (5.1.6)
+#define NET_DATA_VALID 2u // flag of the header: checksums were verified (5.1.6.4)
+#define NET_HEADER 12u    // virtio_net_hdr with num_buffers: always so with VERSION_1 (5.1.6)
 #define RXQ 0
 #define TXQ 1
 
 FN u32 net_features(u32 word) {
-    return word == 0 ? VIRTIO_NET_F_MTU | VIRTIO_NET_F_MAC : word == 1 ? VIRTIO_F_VERSION_1_HIGH : 0;
+    return word == 0   ? VIRTIO_NET_F_GUEST_CSUM | VIRTIO_NET_F_MTU | VIRTIO_NET_F_MAC
+           : word == 1 ? VIRTIO_F_VERSION_1_HIGH
+                       : 0;
 }
 
 FN void net_interrupt(Machine &m, u32 bits) {
@@ -103,12 +107,13 @@ SLOW void net_transmit(Machine &m) {
         int got = queue_next(m, q, head, c);
         if (got < 0) return net_broken(m);
         if (got == 0) break;
-        u32 slot_index = m.mail->tx_head;
-        if (slot_index - shared_load(&m.mail->tx_tail) >= NET_SLOTS || !queue_writable(m, q)) {
+        Rings &rings = m.vm->rings;
+        if (rings.tx_head - rings.tx_tail >= NET_SLOTS) rings.tx_tail = shared_load(&m.mail->rings.tx_tail);
+        if (rings.tx_head - rings.tx_tail >= NET_SLOTS || !queue_writable(m, q)) {
             n.tx_stalled = 1; // the host is behind: go on when it has taken some
             break;
         }
-        Slot &slot = m.mail->tx[slot_index % NET_SLOTS];
+        Slot &slot = m.mail->tx[rings.tx_head % NET_SLOTS];
         u64 total = 0;
         u32 len = 0;
         for (;;) {
@@ -127,8 +132,8 @@ SLOW void net_transmit(Machine &m) {
         if (total > NET_HEADER + ETH_FRAME_BYTES || len < 14) {
             n.tx_dropped++;
         } else {
-            slot.len = len;
-            shared_store(&m.mail->tx_head, slot_index + 1);
+            slot.len = (u16)len;
+            shared_store(&m.mail->rings.tx_head, ++rings.tx_head);
             n.tx_frames++, n.tx_bytes += len;
         }
         if (!queue_done(m, q, head, 0)) return net_broken(m);
@@ -137,19 +142,18 @@ SLOW void net_transmit(Machine &m) {
     if (done && queue_wants_interrupt(m, q)) net_interrupt(m, 1);
 }
 
-SLOW void net_receive(Machine &m) {
+// Gives the guest what has come, as far as its buffers go. False: its queue is broken.
+FN bool net_receive_all(Machine &m) {
     VirtioNet &n = m.vm->net;
     Virtq &q = n.queue[RXQ];
-    if (!net_running(n, RXQ)) return;
+    Rings &rings = m.vm->rings;
     bool done = false, starved = false;
-    for (u32 budget = NET_SLOTS; budget; budget--) {
-        u32 tail = m.mail->rx_tail;
-        if (tail == shared_load(&m.mail->rx_head)) break;
-        const Slot &slot = m.mail->rx[tail % NET_SLOTS];
+    for (u32 budget = NET_SLOTS; budget && rings.rx_tail != rings.rx_head; budget--) {
+        const Slot &slot = m.mail->rx[rings.rx_tail % NET_SLOTS];
         u32 head;
         Chain c;
         int got = queue_next(m, q, head, c);
-        if (got < 0) return net_broken(m);
+        if (got < 0) return false;
         if (got == 0 || !queue_writable(m, q)) break; // no buffer: the frame waits
         u32 len = slot.len, at = 0, total = NET_HEADER + len;
         if (len > ETH_FRAME_BYTES) total = 0xFFFFFFFFu;
@@ -157,17 +161,18 @@ SLOW void net_receive(Machine &m) {
         Chain probe = c;
         u64 room = 0;
         for (;;) {
-            if (!(probe.flags & DESC_WRITE)) return net_broken(m);
+            if (!(probe.flags & DESC_WRITE)) return false;
             room += probe.len;
             if (!(probe.flags & DESC_NEXT)) break;
-            if (!chain_load(m, q, probe)) return net_broken(m);
+            if (!chain_load(m, q, probe)) return false;
         }
         if (room < total) {
-            n.rx_dropped++;
-            shared_store(&m.mail->rx_tail, tail + 1);
+            n.rx_dropped++, rings.rx_tail++;
             continue;
         }
-        u8 header[NET_HEADER] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0}; // num_buffers = 1
+        bool valid = slot.flags & SLOT_INTACT && n.driver_features[0] & VIRTIO_NET_F_GUEST_CSUM;
+        u8 header[NET_HEADER] = {
+            (u8)(valid ? NET_DATA_VALID : 0), 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0}; // num_buffers = 1
         for (;;) {
             u32 off = 0;
             while (off < c.len && at < total) {
@@ -181,15 +186,24 @@ SLOW void net_receive(Machine &m) {
                 off += run, at += run;
             }
             if (at == total || starved) break;
-            if (!chain_load(m, q, c)) return net_broken(m);
+            if (!chain_load(m, q, c)) return false;
         }
         if (starved) break; // no frame left: the slice ends, and this packet is tried again
-        if (!queue_done(m, q, head, total)) return net_broken(m);
-        shared_store(&m.mail->rx_tail, tail + 1);
-        n.rx_frames++, n.rx_bytes += len;
+        if (!queue_done(m, q, head, total)) return false;
+        n.rx_frames++, n.rx_bytes += len, rings.rx_tail++;
         done = true;
     }
     if (done && queue_wants_interrupt(m, q)) net_interrupt(m, 1);
+    return true;
+}
+
+SLOW void net_receive(Machine &m) {
+    Rings &rings = m.vm->rings;
+    if (!net_running(m.vm->net, RXQ)) return;
+    rings.rx_head = shared_load(&m.mail->rings.rx_head);
+    u32 before = rings.rx_tail;
+    if (!net_receive_all(m)) net_broken(m);
+    if (rings.rx_tail != before) shared_store(&m.mail->rings.rx_tail, rings.rx_tail);
 }
 
 FN void net_reset(VirtioNet &n) {
@@ -302,5 +316,5 @@ SLOW void net_write(Machine &m, u32 offset, u32 value) {
 
 SLOW void net_poll(Machine &m) {
     if (m.vm->net.tx_stalled) net_transmit(m);
-    if (m.mail->rx_tail != shared_load(&m.mail->rx_head)) net_receive(m);
+    if (m.vm->rings.rx_tail != m.vm->rings.rx_head) net_receive(m);
 }

@@ -52,12 +52,16 @@ struct alignas(8) VmSlot {
     Vm *vm;
     Pool *pool;
     Mailbox *mail;
-    const SliceRequest *request;
     SliceResult *result;
     u64 *saved;             // translations from slice to slice, or null
     u64 before, end, limit; // steps: at the start of the slice, at its end, at the next deadline
     u32 began, cycles;      // of the clock: at the start of the slice, and how many it may last, 0: any
+    SliceRequest request;
+    u64 frames, index, traces; // where they are: guest RAM, what starts a trace, and the traces
 };
+
+FN u32 read_through(const u32 *word) { return *(const volatile u32 *)word; }
+FN u64 read_through(const u64 *word) { return *(const volatile u64 *)word; }
 
 // Where a word of the slot is, for slot_note.
 #define SLOT_NOTE(slot, field) ((u32)((uintptr_t)&(slot)->field - (uintptr_t)(slot)))

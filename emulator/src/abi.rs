@@ -11,6 +11,8 @@ pub const FRAME_BYTES: u32 = 4096;
 pub const ETH_FRAME_BYTES: u32 = 1514;
 /// Bytes reserved per packet slot.
 pub const SLOT_BYTES: u32 = 1532;
+/// Flag of a frame for the guest: an IPv4 packet whose checksums were verified.
+pub const SLOT_INTACT: u16 = 1;
 /// Packet slots in each direction of a mailbox; a power of two.
 pub const NET_SLOTS: u32 = 8;
 /// Bytes in the console output ring; a power of two.
@@ -75,7 +77,7 @@ pub const LESSONS_OFTEN: u32 = 0x2545_f491;
 /// The same for decoded code that has been learned from in an earlier start: one of 56. A lesson costs a trace.
 pub const LESSONS_SELDOM: u32 = 0x0492_4925;
 /// Bytes of shared memory for a VM on a GPU, without the translations that it has at hand: 8 bytes each.
-pub const VM_SLOT_BYTES: u32 = 248;
+pub const VM_SLOT_BYTES: u32 = 288;
 
 /// Frame table entry: the frame belongs to this VM alone and may be written in place.
 pub const FRAME_PRIVATE: u32 = 0x8000_0000;
@@ -350,6 +352,8 @@ pub struct Vm {
     pub net: VirtioNet,
     /// Clock.
     pub rtc: Rtc,
+    /// The mailbox's indices during a slice: the machine's own, and the host's as they were last seen.
+    pub rings: Rings,
 }
 
 /// One Ethernet frame on its way.
@@ -357,17 +361,18 @@ pub struct Vm {
 #[derive(Clone, Copy)]
 pub struct Slot {
     /// Length in bytes.
-    pub len: u32,
+    pub len: u16,
+    /// `SLOT_INTACT`, or 0.
+    pub flags: u16,
     /// The frame.
     pub data: [u8; SLOT_BYTES as usize],
 }
 
-/// Where host and machine meet: single-producer, single-consumer rings with free-running indices.
-///
-/// The producer of a ring writes its `head`, the consumer its `tail`; each masks the index by the ring's size.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-pub struct Mailbox {
+/// Indices of a mailbox's rings. They run freely: the producer of a ring writes its `head`, the consumer its `tail`, and
+/// each masks the index by the ring's size.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rings {
     /// Written by the machine: console output produced.
     pub out_head: u32,
     /// Written by the host: console output consumed.
@@ -384,6 +389,14 @@ pub struct Mailbox {
     pub tx_head: u32,
     /// Written by the host: frames from the guest consumed.
     pub tx_tail: u32,
+}
+
+/// Where host and machine meet: single-producer, single-consumer rings.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Mailbox {
+    /// How far the rings are filled and emptied.
+    pub rings: Rings,
     /// Console output.
     pub out: [u8; CONSOLE_OUT_BYTES as usize],
     /// Console input.

@@ -6,7 +6,7 @@ use std::sync::atomic::{
     Ordering::{Acquire, Relaxed, Release},
 };
 
-use crate::abi::{CONSOLE_IN_BYTES, CONSOLE_OUT_BYTES, ETH_FRAME_BYTES, Mailbox, NET_SLOTS};
+use crate::abi::{CONSOLE_IN_BYTES, CONSOLE_OUT_BYTES, ETH_FRAME_BYTES, Mailbox, NET_SLOTS, SLOT_INTACT};
 
 /// The host's handle on one mailbox. One thread at a time may use each direction of each ring.
 #[derive(Clone, Copy)]
@@ -23,7 +23,7 @@ unsafe impl Sync for MailboxRef<'_> {}
 macro_rules! word {
     ($self:ident . $field:ident) => {
         // SAFETY: `at` points to a live mailbox (contract of `new`), the field is an aligned u32.
-        unsafe { AtomicU32::from_ptr(&raw mut (*$self.at).$field) }
+        unsafe { AtomicU32::from_ptr(&raw mut (*$self.at).rings.$field) }
     };
 }
 
@@ -88,6 +88,15 @@ impl<'a> MailboxRef<'a> {
 
     /// Puts a frame on the receive ring; false if the ring is full or the frame is longer than the link allows.
     pub fn send_frame(&self, frame: &[u8]) -> bool {
+        self.send_flagged(frame, 0)
+    }
+
+    /// The same for a frame whose checksums were verified: the guest need not do that again.
+    pub fn send_intact(&self, frame: &[u8]) -> bool {
+        self.send_flagged(frame, SLOT_INTACT)
+    }
+
+    fn send_flagged(&self, frame: &[u8], flags: u16) -> bool {
         let head = word!(self.rx_head).load(Relaxed);
         let used = head.wrapping_sub(word!(self.rx_tail).load(Acquire));
         if used >= NET_SLOTS || frame.len() > ETH_FRAME_BYTES as usize {
@@ -96,7 +105,8 @@ impl<'a> MailboxRef<'a> {
         // SAFETY: the slot at `head` is the host's until `head` is published; the length was checked above.
         unsafe {
             let slot = &raw mut (*self.at).rx[(head % NET_SLOTS) as usize];
-            (&raw mut (*slot).len).write_volatile(frame.len() as u32);
+            (&raw mut (*slot).len).write_volatile(frame.len() as u16);
+            (&raw mut (*slot).flags).write_volatile(flags);
             std::ptr::copy_nonoverlapping(frame.as_ptr(), (&raw mut (*slot).data).cast(), frame.len());
         }
         word!(self.rx_head).store(head.wrapping_add(1), Release);

@@ -77,7 +77,7 @@ fn feature_negotiation() {
             b.get(NET_BASE + 0x010)
         })
         .collect();
-    assert_eq!(offered, [1 << 3 | 1 << 5, 1, 0, 0]);
+    assert_eq!(offered, [1 << 1 | 1 << 3 | 1 << 5, 1, 0, 0]);
     for (low, high, ok) in [
         (0, 1, true),
         (1 << 5, 1, true),
@@ -279,6 +279,26 @@ fn receive_any_shape() {
         reg(&mut b, 0x064, 1);
     }
     assert_eq!((b.vm().net.rx_frames, b.vm().net.errors), (3000, 0));
+}
+
+/// The guest is told which checksums were verified, if it has said that it understands that.
+#[test]
+fn verified_checksums_are_marked() {
+    const GUEST_CSUM: u32 = 1 << 1;
+    const DATA_VALID: u8 = 2;
+    for (unknown, marked) in [(0, DATA_VALID), (GUEST_CSUM, 0)] {
+        let mut b = bench();
+        let (mut rx, _) = bring_up_but(&mut b, unknown, 8, RX_PAGE, TX_PAGE);
+        rx.descriptor(&b, 0, BUFFERS.into(), 2048, WRITE, 0);
+        for (intact, flags) in [(true, marked), (false, 0), (true, marked)] {
+            rx.offer(&b, 0);
+            let mail = b.mail();
+            assert!(if intact { mail.send_intact(&[7; 60]) } else { mail.send_frame(&[7; 60]) });
+            b.step(1);
+            assert_eq!(rx.used(&b), Some((0, HEADER + 60)));
+            assert_eq!(b.read(BUFFERS, 12), [flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "{unknown:#x}");
+        }
+    }
 }
 
 /// Rings go round: more packets than 16-bit indices, with several per notification.

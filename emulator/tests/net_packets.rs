@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use emulator::net::address::{BROADCAST_MAC, HOST_IP, HOST_MAC, MAX_VMS, ip_of, mac_of};
 use emulator::net::gateway::Gateway;
-use emulator::net::packet::{Ethernet, FRAME_MAX, FrameBuf, Ipv4, MTU};
+use emulator::net::packet::{Ethernet, FRAME_MAX, FrameBuf, Ipv4, MTU, is_intact};
 use emulator::net::policy::{Service, Services};
 use emulator::net::reason::Reason;
 use emulator::net::rewrite::{PacketBuf, Ports, frame_to_vm, readdress};
@@ -282,6 +282,34 @@ fn unicast_goes_to_its_vm_and_noise_nowhere() {
 }
 
 #[test]
+fn nothing_but_whole_packets_is_intact() {
+    let mut packet = Vec::new();
+    let echo = PacketBuilder::ipv4(HOST_IP.octets(), ip_of(3).unwrap().octets(), 3).icmpv4_echo_request(1, 7);
+    echo.write(&mut packet, &[0xa5; 56]).unwrap();
+    assert!(is_intact(&frame_from(3, &packet)));
+    let damaged = |at: usize, value: u8| {
+        let mut frame = frame_from(3, &packet);
+        frame[at] = value;
+        frame
+    };
+    assert!(!is_intact(&damaged(60, 1)), "its data");
+    assert!(!is_intact(&damaged(12, 0x86)), "no IPv4");
+    // A fragment's header may be right; what it is part of, nobody has seen.
+    let mut fragment = packet.clone();
+    fragment[6] = 0x20;
+    let header = Ipv4Header::from_slice(&fragment).unwrap().0;
+    fragment[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
+    assert!(Ipv4::parse(&fragment).is_ok() && !is_intact(&frame_from(3, &fragment)));
+    for len in [0, 13, 14, 33] {
+        assert!(!is_intact(&frame_from(3, &packet)[..len]), "{len} bytes");
+    }
+    // Of other protocols, nothing is known.
+    let mut other = Vec::new();
+    PacketBuilder::ipv4([1; 4], [2; 4], 3).write(&mut other, IpNumber::GRE, &[7; 30]).unwrap();
+    assert!(Ipv4::parse(&other).is_ok() && !is_intact(&frame_from(3, &other)));
+}
+
+#[test]
 fn the_host_side_answers_pings() {
     let ping = |size: usize| {
         let builder = PacketBuilder::ipv4(ip_of(3).unwrap().octets(), HOST_IP.octets(), 3)
@@ -358,6 +386,18 @@ proptest! {
         readdress(&ip, &mut out, end, end).unwrap();
         let ip = Ipv4::parse(&out).unwrap();
         prop_assert_eq!(ip.verify_segment(&ip.segment().unwrap()), Err(Reason::Checksum));
+    }
+
+    #[test]
+    fn only_what_was_verified_is_intact(packet in prop_oneof![any_tcp(), any_udp()], at: usize, bit in 0_u8..8) {
+        let mut frame: FrameBuf = [0; FRAME_MAX];
+        let len = frame_to_vm(&packet, 3, &mut frame).unwrap();
+        let segment = Ipv4::parse(&packet).unwrap().segment().unwrap();
+        prop_assert_eq!(is_intact(&frame[..len]), segment.checksum != 0);
+        // One bit of the packet; the MACs are not covered.
+        frame[14 + at % packet.len()] ^= 1 << bit;
+        prop_assert!(!is_intact(&frame[..len]));
+        prop_assert!(!is_intact(&frame[..len - 1]));
     }
 
     #[test]

@@ -51,16 +51,16 @@ fn hostile_indices_and_lengths_do_no_harm() {
     for _ in 0..cases {
         // SAFETY: the mailbox is alive, and nobody else uses it now.
         unsafe {
-            (*at).tx_head = dice.index((*at).tx_tail);
-            (*at).rx_tail = dice.index((*at).rx_head);
-            (*at).out_head = dice.index((*at).out_tail);
-            (*at).in_tail = dice.index((*at).in_head);
+            (*at).rings.tx_head = dice.index((*at).rings.tx_tail);
+            (*at).rings.rx_tail = dice.index((*at).rings.rx_head);
+            (*at).rings.out_head = dice.index((*at).rings.out_tail);
+            (*at).rings.in_tail = dice.index((*at).rings.in_head);
             let slot = (dice.throw() % NET_SLOTS) as usize;
             (*at).tx[slot].len = match dice.throw() % 3 {
                 0 => dice.throw(),
                 1 => ETH_FRAME_BYTES - 2 + dice.throw() % 5,
                 _ => dice.throw() % ETH_FRAME_BYTES,
-            };
+            } as u16;
         }
         // SAFETY: as above; the reference is gone before the next case.
         let mailbox = unsafe { MailboxRef::new(at) };

@@ -84,7 +84,7 @@ const Meeting &meet(u32 what, u64 value) {
 }
 
 void lane_main() {
-    warp_slices(warp->slots, warp->slots->pool, LESSONS_OFTEN);
+    warp_slices(warp->slots, LESSONS_OFTEN);
     warp->finished++;
     go_to(warp->lane + 1); // after the last lane: back to the caller
     abort();
@@ -179,7 +179,7 @@ extern "C" void machine_warp_share(u32 count, Vm *const *vms, Pool *pool, Mailbo
             vms[of]->ram.texts_made = vms[of]->ram.traces_made = 0;
         }
         slot_open(&w->slots[i], i < count ? vms[i] : 0, pool, mails[of], saved_of(pool, vms[of]->number),
-                  request, &results[of], warp_cycles);
+                  *request, &results[of], warp_cycles);
     }
     w->finished = 0;
     for (u32 lane = 0; lane < LANES; lane++) {

@@ -16,6 +16,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("csr.cuh", include_str!("../../../kernels/csr.cuh")),
     ("engine_w.cuh", include_str!("../../../kernels/engine_w.cuh")),
     ("isa.cuh", include_str!("../../../kernels/isa.cuh")),
+    ("mailbox.cuh", include_str!("../../../kernels/mailbox.cuh")),
     ("memory.cuh", include_str!("../../../kernels/memory.cuh")),
     ("mmu.cuh", include_str!("../../../kernels/mmu.cuh")),
     ("plic.cuh", include_str!("../../../kernels/plic.cuh")),

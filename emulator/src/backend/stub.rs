@@ -201,7 +201,7 @@ struct Port(*mut Mailbox);
 macro_rules! word {
     ($self:ident . $field:ident) => {
         // SAFETY: the mailbox lives as long as the machines; the field is an aligned u32.
-        unsafe { AtomicU32::from_ptr(&raw mut (*$self.0).$field) }
+        unsafe { AtomicU32::from_ptr(&raw mut (*$self.0).rings.$field) }
     };
 }
 
@@ -243,7 +243,7 @@ impl Port {
         // SAFETY: the slot at `head` is ours until `head` is published; a frame fits.
         unsafe {
             let slot = &raw mut (*self.0).tx[(head % NET_SLOTS) as usize];
-            (&raw mut (*slot).len).write_volatile(frame.len() as u32);
+            (&raw mut (*slot).len).write_volatile(frame.len() as u16);
             std::ptr::copy_nonoverlapping(frame.as_ptr(), (&raw mut (*slot).data).cast(), frame.len());
         }
         word!(self.tx_head).store(head.wrapping_add(1), Release);

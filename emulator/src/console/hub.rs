@@ -291,7 +291,7 @@ mod tests {
         console.let_in();
         assert!(console.refill(mailbox) && mailbox.has_input());
         // SAFETY: the guest's side, played by the same thread.
-        unsafe { (*at).in_tail = (*at).in_head };
+        unsafe { (*at).rings.in_tail = (*at).rings.in_head };
         let text: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
         let taken = console.type_in(&text, mailbox);
         assert_eq!(taken, INPUT_BYTES);
@@ -304,9 +304,9 @@ mod tests {
         while got.len() < INPUT_BYTES + CONSOLE_IN_BYTES as usize {
             // SAFETY: the guest's side, played by the same thread.
             unsafe {
-                while (*at).in_tail != (*at).in_head {
-                    got.push((*at).input[((*at).in_tail % CONSOLE_IN_BYTES) as usize]);
-                    (*at).in_tail = (*at).in_tail.wrapping_add(1);
+                while (*at).rings.in_tail != (*at).rings.in_head {
+                    got.push((*at).input[((*at).rings.in_tail % CONSOLE_IN_BYTES) as usize]);
+                    (*at).rings.in_tail = (*at).rings.in_tail.wrapping_add(1);
                 }
             }
             console.refill(mailbox);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 
 use crate::fleet::Shared;
+use crate::net::packet::is_intact;
 use crate::net::{Full, Links};
 use crate::sync::lock;
 
@@ -15,13 +16,15 @@ impl Links for Shared {
     fn deliver(&self, vm: u32, frame: &[u8]) -> Result<(), Full> {
         let Some(state) = self.vms.get(vm as usize) else { return Err(Full) };
         let mailbox = self.machines.mailbox(vm);
+        let intact = is_intact(frame);
+        let send = || if intact { mailbox.send_intact(frame) } else { mailbox.send_frame(frame) };
         {
             let _putting = lock(&state.receive);
-            if !mailbox.send_frame(frame) {
+            if !send() {
                 // Either the worker sees the wish after the slice that made room, or we see the room.
                 state.wants_room.store(true, SeqCst);
                 fence(SeqCst);
-                if !mailbox.send_frame(frame) {
+                if !send() {
                     return Err(Full);
                 }
                 state.wants_room.store(false, SeqCst);

@@ -194,6 +194,17 @@ impl<'a> Ipv4<'a> {
     }
 }
 
+/// Whether a frame carries a whole IPv4 packet of TCP, UDP or ICMP all of whose checksums are there and right.
+pub fn is_intact(frame: &[u8]) -> bool {
+    let Ok(Ethernet { carries: Carries::Ipv4, payload, .. }) = Ethernet::parse(frame) else { return false };
+    let Ok(ip) = Ipv4::parse(payload) else { return false };
+    match ip.segment() {
+        Ok(segment) => segment.checksum != 0 && ip.verify_segment(&segment).is_ok(),
+        Err(Reason::Protocol) => ip.protocol() == ICMP && checksum::of(ip.payload()) == 0,
+        Err(_) => false,
+    }
+}
+
 /// Where a TCP segment or UDP datagram comes from and goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {

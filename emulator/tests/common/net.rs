@@ -82,6 +82,11 @@ pub fn interrupt_status(b: &mut Bench) -> u32 {
 
 /// Negotiates up to FEATURES_OK with all that is offered; true if the device agrees.
 pub fn negotiate(b: &mut Bench) -> bool {
+    negotiate_but(b, 0)
+}
+
+/// The same by a driver that knows nothing of some features of the first word.
+pub fn negotiate_but(b: &mut Bench, unknown: u32) -> bool {
     reg(b, 0x070, 0);
     assert_eq!(status(b), 0);
     reg(b, 0x070, ACKNOWLEDGE);
@@ -90,7 +95,7 @@ pub fn negotiate(b: &mut Bench) -> bool {
         reg(b, 0x014, word);
         let offered = b.get(NET_BASE + 0x010);
         reg(b, 0x024, word);
-        reg(b, 0x020, offered);
+        reg(b, 0x020, if word == 0 { offered & !unknown } else { offered });
     }
     reg(b, 0x070, ACKNOWLEDGE | DRIVER | FEATURES_OK);
     status(b) & FEATURES_OK != 0
@@ -98,7 +103,12 @@ pub fn negotiate(b: &mut Bench) -> bool {
 
 /// Brings the device up with both queues in the given pages, and lets its interrupt through the PLIC.
 pub fn bring_up(b: &mut Bench, num: u32, rx_page: u32, tx_page: u32) -> (Queue, Queue) {
-    assert!(negotiate(b));
+    bring_up_but(b, 0, num, rx_page, tx_page)
+}
+
+/// The same by a driver that knows nothing of some features of the first word.
+pub fn bring_up_but(b: &mut Bench, unknown: u32, num: u32, rx_page: u32, tx_page: u32) -> (Queue, Queue) {
+    assert!(negotiate_but(b, unknown));
     let (rx, tx) = (Queue::at(RX, num, rx_page), Queue::at(TX, num, tx_page));
     for page in [rx_page, tx_page] {
         b.write(page, &[0; 4096]);

@@ -29,7 +29,7 @@ unsafe impl Send for Port {}
 macro_rules! word {
     ($self:ident . $field:ident) => {
         // SAFETY: the mailbox lives as long as the fake machines.
-        unsafe { AtomicU32::from_ptr(&raw mut (*$self.at).$field) }
+        unsafe { AtomicU32::from_ptr(&raw mut (*$self.at).rings.$field) }
     };
 }
 
@@ -70,7 +70,7 @@ impl Port {
         // SAFETY: as above; the index is masked and the slot is the guest's.
         unsafe {
             let slot = &mut (*self.at).tx[(head % NET_SLOTS) as usize];
-            slot.len = frame.len() as u32;
+            slot.len = frame.len() as u16;
             slot.data[..frame.len()].copy_from_slice(frame);
         }
         word!(self.tx_head).store(head.wrapping_add(1), SeqCst);

@@ -200,7 +200,7 @@ impl Device {
             // SAFETY: in bounds; nobody else has the mailboxes yet. The indices alone make a mailbox empty.
             unsafe {
                 let at = mail.as_ptr().add(vm).cast::<u8>();
-                at.write_bytes(0, std::mem::offset_of!(Mailbox, out));
+                at.write_bytes(0, size_of::<crate::abi::Rings>());
             }
         }
         let loaded = Loaded::from(&found);
