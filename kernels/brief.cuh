@@ -14,8 +14,8 @@ struct LaneState {
 
 // A page of the guest as its tables have it.
 struct BriefWalk {
-    u32 page, entry; // number, and entry of the frame table
-    bool writes, large;
+    u32 page, entry;             // number, and entry of the frame table
+    bool writes, large, outside; // outside RAM: a device's, or nobody's
 };
 
 // Translates without a change to the tables (Privileged 4.3.2): false if A or D is to be set, and for all
@@ -42,46 +42,75 @@ FN bool brief_walk(const Vm *vm, u64 frames, u32 va, u32 mode, u32 access, Brief
     bool user = pte & PTE_U,
          may = mode == MODE_U_KEY ? user : !user || (mode == MODE_S_SUM_KEY && access != ACCESS_FETCH);
     needs |= PTE_V | PTE_A;
-    bool bad = (pte & needs) != needs || (pte & (PTE_R | PTE_W)) == PTE_W || !may || page >= pages;
+    bool bad = (pte & needs) != needs || (pte & (PTE_R | PTE_W)) == PTE_W || !may;
     if (warp_any(bad)) return false;
-    walk.page = page, walk.entry = load_word(table + 4 * page);
+    walk.outside = warp_any(page >= pages);
+    walk.page = page, walk.entry = walk.outside ? 0 : load_word(table + 4 * page);
     walk.writes = (pte & (PTE_D | PTE_W)) == (PTE_D | PTE_W);
     return true;
 }
 
-// Puts the page of an access at hand.
-FN bool brief_fill(VmSlot *slot, u64 frames, u32 va, u32 mode, bool store) {
+// Why a VM's lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
+enum Leave : u32 {
+    LEAVE_NOT,
+    LEAVE_START,
+    LEAVE_LIMIT,
+    LEAVE_TRACE,  // there is none here, or the page is not at hand
+    LEAVE_STEP,   // an instruction that is not for lanes, or an access (VmSlot::miss)
+    LEAVE_DEVICE, // an access outside RAM, as the translation at hand says
+    LEAVE_LEARN,
+    LEAVE_LATE // the slice has lasted long enough
+};
+
+// Puts the page of an access or a fetch at hand, or notes the word of an LR, which then has happened. What is
+// left to do; as before if it is not simple.
+FN u32 brief_page(VmSlot *slot, SlotPlace place, u64 frames, LaneState &s, u32 insn, u32 va, u32 miss) {
+    DataEntry &data = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    FetchEntry &fetch = slot->fetch[va / FRAME_BYTES % FETCH_ENTRIES];
+    bool store = miss == MISS_STORE;
+    u32 access = store ? ACCESS_STORE : miss == MISS_FETCH ? ACCESS_FETCH : ACCESS_LOAD;
+    u32 tag = PAGE_OF(va) | s.mode, outside = tag | TAG_OUTSIDE | (store ? TAG_WRITABLE : 0);
+    bool is_data = miss == MISS_LOAD || store;
+    if (is_data && warp_any((read_through(&data.tag) & ~(store ? 0 : TAG_WRITABLE)) == outside))
+        return LEAVE_DEVICE;
     BriefWalk walk;
-    if (!brief_walk(slot->vm, frames, va, mode, store ? ACCESS_STORE : ACCESS_LOAD, walk)) return false;
+    if (!brief_walk(slot->vm, frames, va, s.mode, access, walk)) return s.leave;
+    if (walk.outside) {
+        if (!is_data || warp_any(store && !walk.writes)) return s.leave;
+        if (warp_lane() == 0) {
+            data.tag = tag | TAG_OUTSIDE | (walk.writes ? TAG_WRITABLE : 0), data.frame = walk.page;
+            if (walk.large) slot->large |= large_mark(va);
+        }
+        warp_sync();
+        return LEAVE_DEVICE;
+    }
     u32 frame = walk.entry & FRAME_MASK;
-    bool direct =
-        walk.writes && (walk.entry & FRAME_PRIVATE) && !load_word(slot->pool->code_of_ptr + 4ull * frame);
-    if (warp_any(store && !direct)) return false;
-    DataEntry &entry = slot->data[va / FRAME_BYTES % DATA_ENTRIES];
+    if (miss == MISS_HOLD) {
+        u32 pa = walk.page * FRAME_BYTES + va % FRAME_BYTES, rd = insn >> 7 & 31;
+        u32 value = load_word(frames + (u64)frame * FRAME_BYTES + va % FRAME_BYTES);
+        store_if(warp_lane() == 0, (u64)(uintptr_t)&slot->vm->hart.reservation, pa);
+        if (warp_lane() == 0) {
+            slot->held_pa = pa, slot->held_va = va, slot->miss = MISS_NONE;
+            if (rd) slot_write(place, rd * 4, value);
+        }
+        warp_sync();
+        s.pc += 4, s.left--;
+        return s.left ? LEAVE_NOT : LEAVE_LIMIT;
+    }
+    u32 code = load_word(slot->pool->code_of_ptr + 4ull * frame);
+    bool direct = walk.writes && (walk.entry & FRAME_PRIVATE) && !code;
+    if (warp_any(is_data ? store && !direct : code == 0)) return s.leave;
     warp_sync(); // all have read what was there
     if (warp_lane() == 0) {
-        entry.tag = PAGE_OF(va) | mode | (direct ? TAG_WRITABLE : 0), entry.frame = frame;
+        if (is_data)
+            data.tag = tag | (direct ? TAG_WRITABLE : 0), data.frame = frame;
+        else
+            fetch.tag = tag, fetch.text = code - 1;
         slot->miss = MISS_NONE;
         if (walk.large) slot->large |= large_mark(va);
     }
     warp_sync();
-    return true;
-}
-
-// Puts the text of the page at pc at hand, if it has one.
-FN bool brief_fetch(VmSlot *slot, u64 frames, u32 pc, u32 mode) {
-    BriefWalk walk;
-    if (!brief_walk(slot->vm, frames, pc, mode, ACCESS_FETCH, walk)) return false;
-    u32 known = load_word(slot->pool->code_of_ptr + 4ull * (walk.entry & FRAME_MASK));
-    if (warp_any(known == 0)) return false;
-    FetchEntry &entry = slot->fetch[pc / FRAME_BYTES % FETCH_ENTRIES];
-    warp_sync(); // all have read what was there
-    if (warp_lane() == 0) {
-        entry.tag = PAGE_OF(pc) | mode, entry.text = known - 1;
-        if (walk.large) slot->large |= large_mark(pc);
-    }
-    warp_sync();
-    return true;
+    return LEAVE_NOT;
 }
 
 // Whether an interrupt could come as soon as it may; true if in doubt. hart.steps is that of the last turn:
@@ -108,8 +137,8 @@ FN u32 amo_writes(u32 kind, u32 old, u32 b) {
     }
 }
 
-// LR, and SC of the word of the last one (Unprivileged 8.2). An LR whose page is not at hand says so: it is
-// tried again once it is.
+// SC of the word of the last LR (Unprivileged 8.2). An LR says where its word is: brief_page notes that, or
+// gets the page, and the LR is tried again.
 FN bool brief_reserved(VmSlot *slot, SlotPlace place, u64 frames, bool stores, u32 mode, u32 a, u32 b,
                        u32 &value) {
     DataEntry entry = cached_data(place, a);
@@ -127,19 +156,11 @@ FN bool brief_reserved(VmSlot *slot, SlotPlace place, u64 frames, bool stores, u
         return true;
     }
     if (warp_any(a & 3)) return false;
-    if (warp_any(differs & ~TAG_WRITABLE)) {
-        warp_sync(); // all have read what is written now
-        if (warp_lane() == 0) slot->miss_va = a, slot->miss = MISS_LOAD;
-        warp_sync();
-        return false;
-    }
-    BriefWalk walk;
-    if (!brief_walk(slot->vm, frames, a, mode, ACCESS_LOAD, walk)) return false;
-    u32 pa = walk.page * FRAME_BYTES + a % FRAME_BYTES;
-    value = load_word(host);
-    store_if(warp_lane() == 0, reservation, pa);
-    if (warp_lane() == 0) slot->held_pa = pa, slot->held_va = a;
-    return true;
+    warp_sync(); // all have read what is written now
+    bool at_hand = !(differs & ~TAG_WRITABLE);
+    if (warp_lane() == 0) slot->miss_va = a, slot->miss = at_hand ? MISS_HOLD : MISS_LOAD;
+    warp_sync();
+    return false;
 }
 
 // An AMO whose page is not at hand says so: it is tried again once it is.

@@ -92,15 +92,12 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
             if (insn) {
                 if (warp_brief(own, slot, frames, insn, s)) s.leave = s.left ? LEAVE_NOT : LEAVE_LIMIT;
             }
-            if (s.leave == LEAVE_STEP) {
-                u32 miss = warp_or(own->miss);
-                if (miss != MISS_NONE &&
-                    brief_fill(own, frames, warp_or(own->miss_va), mode, miss == MISS_STORE))
-                    s.leave = LEAVE_NOT;
-            } else if (s.leave == LEAVE_TRACE) {
-                bool lacks = cached_fetch(slot, pc).tag != (PAGE_OF(pc) | mode);
-                if (warp_any(lacks) && brief_fetch(own, frames, pc, mode)) s.leave = LEAVE_NOT;
-            }
+            u32 miss = MISS_NONE, va = pc;
+            if (s.leave == LEAVE_STEP)
+                miss = warp_or(own->miss), va = warp_or(own->miss_va);
+            else if (s.leave == LEAVE_TRACE && warp_any(cached_fetch(slot, pc).tag != (PAGE_OF(pc) | mode)))
+                miss = MISS_FETCH;
+            if (miss != MISS_NONE) s.leave = brief_page(own, slot, frames, s, insn, va, miss);
             if (s.leave != LEAVE_NOT) s = warp_serve(slots, s, chance), served = true;
             warp_together();
             if (warp_or(served && s.leave == LEAVE_NOT)) return;

@@ -7,12 +7,13 @@
 
 // As a slice begins.
 FN void rings_open(Machine &m) {
-    Rings &rings = m.vm->rings;
     const Rings &there = m.mail->rings;
-    rings.out_head = shared_peek(&there.out_head), rings.out_tail = shared_peek(&there.out_tail);
-    rings.in_head = shared_peek(&there.in_head), rings.in_tail = shared_peek(&there.in_tail);
-    rings.rx_head = shared_peek(&there.rx_head), rings.rx_tail = shared_peek(&there.rx_tail);
-    rings.tx_head = shared_peek(&there.tx_head), rings.tx_tail = shared_peek(&there.tx_tail);
+    Rings seen; // all on their way before the first is waited for
+    seen.out_head = shared_peek(&there.out_head), seen.out_tail = shared_peek(&there.out_tail);
+    seen.in_head = shared_peek(&there.in_head), seen.in_tail = shared_peek(&there.in_tail);
+    seen.rx_head = shared_peek(&there.rx_head), seen.rx_tail = shared_peek(&there.rx_tail);
+    seen.tx_head = shared_peek(&there.tx_head), seen.tx_tail = shared_peek(&there.tx_tail);
+    m.vm->rings = seen;
 }
 
 // As it ends: the host looks after consoles between slices.

@@ -37,6 +37,17 @@ SLOW u32 warp_step(VmSlot *slot, u32 insn) {
     return forget(slot, m);
 }
 
+// A load or store outside RAM whose translation is at hand.
+SLOW u32 warp_device(VmSlot *slot, u32 insn, u32 va) {
+    Machine m = machine_at(slot);
+    u32 page = read_through(&slot->data[va / FRAME_BYTES % DATA_ENTRIES].frame);
+    warp_sync();
+    if (warp_lane() == 0)
+        step_device(m, decode(insn, 0), va, (u64)page * FRAME_BYTES + va % FRAME_BYTES, slot->x);
+    warp_sync();
+    return forget(slot, m);
+}
+
 // Gives the guest page a frame of its own; the whole warp copies. False: there is none, and nothing has
 // changed.
 SLOW bool warp_own(VmSlot *slot, u32 page, u32 old) {
@@ -135,17 +146,6 @@ SLOW WarpFetch warp_fetch(VmSlot *slot, u32 pc) {
     out.found = 1;
     return out;
 }
-
-// Why a VM's lanes leave their loop. It calls nothing: what a call might change would have to live in memory.
-enum Leave : u32 {
-    LEAVE_NOT,
-    LEAVE_START,
-    LEAVE_LIMIT,
-    LEAVE_TRACE, // there is none here, or the page is not at hand
-    LEAVE_STEP,  // an instruction that is not for lanes, or an access (VmSlot::miss)
-    LEAVE_LEARN,
-    LEAVE_LATE // the slice has lasted long enough
-};
 
 // What is to be learned: which way a branch goes, 0 on and 1 to its target; that a page that was not at hand
 // when the trace was made has been come to; where a JALR leads.
@@ -247,8 +247,13 @@ SLOW LaneState warp_serve(VmSlot *slot, LaneState s, u32 chance) {
             break;
         }
         if (s.leave == LEAVE_TRACE && trace_make(slot, fetch.text, s.pc, s.mode, TRACE_NEW) != BUSY) return s;
-        if (miss != MISS_NONE && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         insn = text_at(slot->pool, fetch.text)->words[s.pc / 4 % TEXT_WORDS];
+        if (s.leave == LEAVE_DEVICE && (insn & 0x5f) == 0x03) { // a load or a store
+            events = warp_device(slot, insn, read_through(&slot->miss_va));
+            break;
+        }
+        bool lacks = miss == MISS_LOAD || miss == MISS_STORE;
+        if (lacks && warp_fill(slot, read_through(&slot->miss_va), miss == MISS_STORE)) return s;
         // With a VM for itself, a warp has tried that before it came here.
         if (VM_LANES < 32 && s.leave == LEAVE_STEP && miss == MISS_NONE) {
             if (warp_brief(slot, slot_place(slot), slot->pool->base_ptr, insn, s)) {

@@ -77,3 +77,24 @@ SLOW void step(Machine &m, Uop u) {
     if (writes) x[u.rd] = value;
     h.pc = next;
 }
+
+// A naturally aligned load or store at a physical address outside RAM, on the registers `x`.
+SLOW void step_device(Machine &m, Uop u, u32 va, u64 pa, u32 *x) {
+    Hart &h = m.vm->hart;
+    u32 size = access_bytes(u.op), next = h.pc + 4, value = 0, cause = 0;
+    bool stores = u.op == OP_SB || u.op == OP_SH || u.op == OP_SW;
+    if (stores && !mmio_store(m, pa, size, x[u.rs2])) cause = CAUSE_STORE_ACCESS;
+    if (!stores && !mmio_load(m, pa, size, value)) cause = CAUSE_LOAD_ACCESS;
+    switch (u.op) {
+#define X(name)                                                                                              \
+    case OP_##name: value = extend<OP_##name>(value); break;
+        LOAD_OPS(X)
+#undef X
+    default: break;
+    }
+    if (cause) memory_fault(m, cause, va);
+    h.steps++;
+    if (m.events & EV_JUMP) return;
+    if (!stores && u.rd) x[u.rd] = value;
+    h.pc = next;
+}

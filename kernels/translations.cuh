@@ -75,10 +75,17 @@ FN void translations_save(VmSlot *slot) {
     warp_sync();
 }
 FN void translations_load(VmSlot *slot) {
-    u64 last = slot->saved ? slot->saved[SAVED_WORDS - 1] : 0;
+    const u64 *saved = slot->saved;
+    u64 last = saved ? saved[SAVED_WORDS - 1] : 0;
     if ((u32)last != saved_epoch(slot)) return forget_all(slot);
+    constexpr u32 AT_ONCE = SAVED_WORDS > 192 ? 6 : 3; // on their way before the first is waited for
+    static_assert((SAVED_WORDS - 1) % (32 * AT_ONCE) == 0, "all lanes load as many");
     u64 *words = (u64 *)slot;
-    for (u32 i = warp_lane(); i < SAVED_WORDS - 1; i += 32) words[i] = slot->saved[i];
+    for (u32 i = warp_lane(); i < SAVED_WORDS - 1; i += 32 * AT_ONCE) {
+        u64 some[AT_ONCE];
+        for (u32 j = 0; j < AT_ONCE; j++) some[j] = saved[i + 32 * j];
+        for (u32 j = 0; j < AT_ONCE; j++) words[i + 32 * j] = some[j];
+    }
     if (warp_lane() == 0) slot->large = (u32)(last >> 32);
     warp_sync();
 }

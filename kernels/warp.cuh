@@ -22,6 +22,7 @@ static_assert(VM_LANES * VMS_PER_WARP == 32, "1, 2, 4, 8, 16 or 32 VMs in a warp
 #define FETCH_ENTRIES 64u
 #endif
 #define TAG_WRITABLE 0x10u
+#define TAG_OUTSIDE 0x20u // no frame but a page outside RAM, which lanes never find
 
 // Where a trace finds the address of its page, behind the registers.
 #define PAGE_SLOT 32u
@@ -36,6 +37,8 @@ struct alignas(8) FetchEntry {
 #define MISS_NONE 0u
 #define MISS_LOAD 1u
 #define MISS_STORE 2u
+#define MISS_FETCH 3u
+#define MISS_HOLD 4u // an LR whose page is at hand
 // A VM while its slice runs, in shared memory.
 #define SAVED_WORDS (DATA_ENTRIES + FETCH_ENTRIES + 1) // of 8 bytes
 struct alignas(8) VmSlot {
@@ -45,7 +48,7 @@ struct alignas(8) VmSlot {
     u32 held_va, held_pa; // of the last LR, or HELD_NONE
     u32 large;            // 4 MiB that have large pages here, see large_mark
     // What the lanes leave their loop for, see warp_serve: the access whose page is not at hand, ...
-    u32 miss_va, miss; // MISS_NONE, MISS_LOAD or MISS_STORE
+    u32 miss_va, miss; // MISS_NONE and so on
     // ... and what is to be learned: text and word of the branch or jump; LEARN_TAKEN and so on, its lane and
     // the trace (LEARN_OF); where that started; where the jump led, relative to its page.
     u32 learn_at, learn, learn_start, learn_to;

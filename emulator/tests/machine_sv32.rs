@@ -11,6 +11,7 @@ mod common;
 
 use common::asm::*;
 use common::*;
+use emulator::abi::NET_BASE;
 
 const V: u32 = 1;
 const R: u32 = 2;
@@ -386,6 +387,44 @@ fn remapping_after_a_fence() {
         let b = s.run_in(budget);
         assert_eq!((b.x(10), b.x(11)), (1, 2));
         assert_eq!((b.read32(FRAME), b.read32(FRAME + 0x1000)), (1, 3));
+    }
+}
+
+/// Translations to devices follow a fence as those to RAM do, and allow what their page does.
+#[test]
+fn devices_under_remapping() {
+    const MAGIC: u32 = 0x7472_6976;
+    let va = WINDOW + 0x3000;
+    for budget in [u64::MAX, 1, 3] {
+        let mut s = Script::new();
+        s.bench.write32(FRAME, 7);
+        s.map(3, NET_BASE, RWX);
+        s.load_into(10, va);
+        s.load_into(11, va);
+        s.map(3, FRAME, RWX);
+        s.fence(va, 0);
+        s.load_into(12, va);
+        s.store(va, 8);
+        s.map(3, NET_BASE, V | R | A);
+        s.fence(va, 0);
+        s.load_into(13, va);
+        s.load_into(14, va);
+        // Read-only: the device must not see a store, here to its register Status.
+        s.words.extend(li(30, va + 0x70));
+        s.words.push(sw(31, 30, 0));
+        let faulting = SCRIPT + 4 * (s.words.len() as u32 - 1);
+        let words = s.words.clone();
+        let mut b = s.bench;
+        b.start(SCRIPT, &words);
+        let mut left = words.len() as u64;
+        while left > 0 {
+            b.slice(left.min(budget));
+            left -= left.min(budget);
+        }
+        let h = b.hart();
+        assert_eq!((h.scause, h.stval, h.sepc), (15, va + 0x70, faulting));
+        assert_eq!([10, 11, 12, 13, 14].map(|x| b.x(x)), [MAGIC, MAGIC, 7, MAGIC, MAGIC]);
+        assert_eq!((b.read32(FRAME), b.vm().net.status), (8, 0));
     }
 }
 

@@ -321,6 +321,10 @@ impl Machines for CudaMachines {
         "cuda"
     }
 
+    fn run_apart(&self) -> bool {
+        true
+    }
+
     fn engine(&self) -> String {
         let mut names: Vec<&str> = self.devices.iter().map(|device| device.kind.name()).collect();
         names.dedup();

@@ -75,6 +75,10 @@ pub trait Machines: Send + Sync {
     fn backend(&self) -> &'static str;
     /// The engine's name for reports: `threaded`, `w`, `l8`, ...
     fn engine(&self) -> String;
+    /// Whether VMs run on processors of their own, and leave the host's alone.
+    fn run_apart(&self) -> bool {
+        false
+    }
     /// Number of VMs; they are numbered from 0.
     fn vms(&self) -> u32;
     /// The VMs that the same engines run, in order and without gaps: one part for each device.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering::SeqCst, fence};
 
 use crate::fleet::Shared;
+use crate::fleet::worker::WATCHED;
 use crate::net::packet::is_intact;
 use crate::net::{Full, Links};
 use crate::sync::lock;
@@ -59,6 +60,10 @@ impl Links for Shared {
         *lock(&self.bridge) = Some(wake);
         // Frames may have come before.
         self.call_bridge();
+    }
+
+    fn answer_soon(&self) -> bool {
+        self.machines.run_apart() && self.machines.vms() as usize <= WATCHED
     }
 
     fn is_down(&self, vm: u32) -> bool {

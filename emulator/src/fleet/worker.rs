@@ -32,7 +32,7 @@ const SERVING: u64 = 8;
 /// With as many turns as this they are not, and with half of it half as long.
 const SHORT_TURNS: u64 = 4096;
 /// So few VMs are watched while they run: what they send is seen before their slices end.
-const WATCHED: usize = 64;
+pub(super) const WATCHED: usize = 64;
 /// Then slices are so much shorter while they serve, which is long enough for a short answer.
 const SERVING_WATCHED: u64 = 3;
 

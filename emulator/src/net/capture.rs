@@ -18,6 +18,8 @@ use super::rewrite::{PacketBuf, Ports, reset_for};
 
 /// Packets taken from the host, and frames from one VM, before others get their turn.
 const TURN: usize = 64;
+/// For so long after a packet to a VM its answer is waited for without sleeping, where answers come soon.
+const SPIN: Duration = Duration::from_micros(1500);
 
 /// Where a capturing transport gets the host's packets from and puts the VMs' packets to. IPv4, without link header.
 pub trait Wire: Send {
@@ -58,8 +60,15 @@ impl Capture {
         let woken = Arc::new(AtomicBool::new(false));
         let wake = wire.waker();
         let lan = Lan::new(links.clone(), watch, policy);
-        let mut shuttle =
-            Shuttle { wire, gateway, lan, stop: stop.clone(), woken: woken.clone(), dirty: Vec::new() };
+        let mut shuttle = Shuttle {
+            wire,
+            gateway,
+            lan,
+            stop: stop.clone(),
+            woken: woken.clone(),
+            dirty: Vec::new(),
+            spins: None,
+        };
         let thread = std::thread::Builder::new()
             .name(name.into())
             .spawn(move || shuttle.run())
@@ -98,6 +107,8 @@ struct Shuttle {
     woken: Arc<AtomicBool>,
     /// VMs that may have frames.
     dirty: Vec<u32>,
+    /// Until then an answer is waited for without sleeping.
+    spins: Option<Instant>,
 }
 
 impl Shuttle {
@@ -111,7 +122,9 @@ impl Shuttle {
             if self.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
-            let timeout = if more || !self.dirty.is_empty() || self.woken.load(Ordering::Acquire) {
+            self.spins = self.spins.filter(|until| Instant::now() < *until);
+            let at_once = more || !self.dirty.is_empty() || self.woken.load(Ordering::Acquire);
+            let timeout = if at_once || self.spins.is_some() {
                 Some(Duration::ZERO)
             } else {
                 self.lan.next_retry().map(|due| due.saturating_duration_since(Instant::now()))
@@ -152,6 +165,7 @@ impl Shuttle {
                 Ok((vm, len)) => {
                     self.lan.tap().see(Place::Host, Some(vm), Direction::Out, None, captured);
                     self.lan.send(vm, &frame[..len], now);
+                    self.spins = self.lan.links().answer_soon().then(|| now + SPIN);
                 }
                 Err(reason) => self.refuse(len, packet, None, reason)?,
             }
@@ -178,6 +192,7 @@ impl Shuttle {
         self.lan.links().take_dirty(&mut dirty);
         for vm in dirty.drain(..) {
             self.lan.retry(vm, now);
+            self.spins = None;
             let mut taken = 0;
             while let Ok(to_host) = self.lan.take(vm, frame, now) {
                 if let Some(ip) = to_host {

@@ -71,6 +71,11 @@ pub trait Links: Send + Sync {
     /// Sets what is called when a VM has sent a frame, or a VM whose mailbox was full has room again. It is called
     /// from worker threads and must return at once (a poller's waker).
     fn set_waker(&self, wake: Arc<dyn Fn() + Send + Sync>);
+    /// Whether an answer to a frame comes so soon, and cores of the host are so idle, that a bridge should not sleep until
+    /// then.
+    fn answer_soon(&self) -> bool {
+        false
+    }
     /// Whether the VM will never run again (stopped or failed): connections to it should be refused.
     fn is_down(&self, vm: u32) -> bool;
 }
