@@ -77,6 +77,7 @@ FN u32 brief_page(VmSlot *slot, SlotPlace place, u64 frames, LaneState &s, u32 i
     if (!brief_walk(slot->vm, frames, va, s.mode, access, walk)) return s.leave;
     if (walk.outside) {
         if (!is_data || warp_any(store && !walk.writes)) return s.leave;
+        warp_sync(); // all have read what was there
         if (warp_lane() == 0) {
             data.tag = tag | TAG_OUTSIDE | (walk.writes ? TAG_WRITABLE : 0), data.frame = walk.page;
             if (walk.large) slot->large |= large_mark(va);
@@ -88,6 +89,7 @@ FN u32 brief_page(VmSlot *slot, SlotPlace place, u64 frames, LaneState &s, u32 i
     if (miss == MISS_HOLD) {
         u32 pa = walk.page * FRAME_BYTES + va % FRAME_BYTES, rd = insn >> 7 & 31;
         u32 value = load_word(frames + (u64)frame * FRAME_BYTES + va % FRAME_BYTES);
+        warp_sync(); // all have read what is written now
         store_if(warp_lane() == 0, (u64)(uintptr_t)&slot->vm->hart.reservation, pa);
         if (warp_lane() == 0) {
             slot->held_pa = pa, slot->held_va = va, slot->miss = MISS_NONE;
