@@ -8,6 +8,7 @@ mod image;
 mod repo;
 mod run;
 mod test;
+mod tools;
 mod xterm;
 
 use std::process::ExitCode;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use sha2::{Digest, Sha256};
 
 use crate::image::cache::Cache;
-use crate::test::{Tools, executable, quietly};
+use crate::tools::{Tools, executable, quietly};
 
 /// Which package, which files, and their hashes.
 const PINS: &str = "emulator/web/xterm.txt";

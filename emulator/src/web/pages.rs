@@ -216,11 +216,7 @@ pub(super) async fn fetch_all(hub: Arc<Hub>, pages: Arc<Pages>) {
         while owed >= 1.0 {
             let Ok(permit) = room.clone().try_acquire_owned() else { break };
             let Some(vm) = turns.next(&shown, now) else { break };
-            use super::survey::State;
-            let up = sample
-                .rows
-                .get(vm as usize)
-                .is_some_and(|row| matches!(row.state, State::Ready | State::Idle | State::Running));
+            let up = sample.rows.get(vm as usize).is_some_and(|row| row.state.is_up());
             if !up {
                 pages.states[vm as usize].store(PageState::default().pack(), Relaxed);
                 continue;

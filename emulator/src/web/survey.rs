@@ -52,6 +52,11 @@ impl State {
         State::Failed,
     ];
 
+    /// Whether a page can be expected of it.
+    pub fn is_up(self) -> bool {
+        matches!(self, State::Ready | State::Idle | State::Running)
+    }
+
     /// The state of a VM that retired `instructions` since the last look.
     pub fn of(stage: Stage, activity: Activity, instructions: u64) -> Self {
         match (stage, activity) {

@@ -3,9 +3,23 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use miette::Diagnostic;
+use miette::{Diagnostic, NamedSource, SourceSpan};
 
-use super::text::TextError;
+/// An error in a text file: what, where, how to fix.
+#[derive(Debug, thiserror::Error, Diagnostic)]
+#[error("{file}:{line}:{column}: {what}")]
+pub struct TextError {
+    pub(super) file: String,
+    pub(super) line: u64,
+    pub(super) column: u64,
+    pub(super) what: String,
+    #[source_code]
+    pub(super) text: NamedSource<String>,
+    #[label("here")]
+    pub(super) span: Option<SourceSpan>,
+    #[help]
+    pub(super) help: Option<String>,
+}
 
 /// An error of `cargo xtask image`.
 #[derive(Debug, thiserror::Error, Diagnostic)]

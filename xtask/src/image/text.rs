@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use miette::{Diagnostic, NamedSource, SourceSpan};
+use miette::{NamedSource, SourceSpan};
 use serde::de::DeserializeOwned;
 use serde_saphyr::{Location, Spanned};
 
-use super::error::Error;
+use super::error::{Error, TextError};
 
 /// A text file as it was read.
 #[derive(Debug)]
@@ -42,22 +42,6 @@ pub struct Place {
     pub offset: usize,
     /// Length in bytes.
     pub len: usize,
-}
-
-/// An error in a text file: what, where, how to fix.
-#[derive(Debug, thiserror::Error, Diagnostic)]
-#[error("{file}:{line}:{column}: {what}")]
-pub struct TextError {
-    file: String,
-    line: u64,
-    column: u64,
-    what: String,
-    #[source_code]
-    text: NamedSource<String>,
-    #[label("here")]
-    span: Option<SourceSpan>,
-    #[help]
-    help: Option<String>,
 }
 
 impl Source {
