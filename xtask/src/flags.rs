@@ -336,6 +336,11 @@ pub struct NetworkArgs {
     /// Break something on purpose, for all VMs or VM N (docs/debugging-the-network.md).
     #[arg(long, value_name = "mac|arp|checksum|route[:N]", help_heading = "Network")]
     pub fault: Option<String>,
+
+    /// Up to 64 VMs on a GPU, with tun: for so long after a packet its answer and the next packet are waited for without
+    /// sleeping, on two of the host's cores; 0: never [default: 2000, with fewer than 8 cores 2].
+    #[arg(long, value_name = "MS", help_heading = "Network")]
+    pub busy_poll: Option<u32>,
 }
 
 /// Commands that are the emulator's own: it takes the arguments as they are, --help among them.

@@ -96,6 +96,9 @@ pub fn command(args: &RunArgs) -> miette::Result<()> {
     if let Some(packets) = network.rate_packets {
         give("rate-packets", &packets);
     }
+    if let Some(time) = network.busy_poll {
+        give("busy-poll", &time);
+    }
     let bridge_fault = network.fault.as_ref().filter(|_| fault.is_some_and(|fault| fault.bridge));
     for (flag, value) in [
         ("pcap", network.pcap.as_ref()),

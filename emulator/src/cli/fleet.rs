@@ -265,7 +265,8 @@ fn make_fleet(
         Time::Virtual => TimeMode::Virtual,
     };
     let bridged = args.net != NetMode::Off;
-    let config = FleetConfig { time, started, epoch, budget: Budget::CORE, bridged };
+    let busy_poll = args.network.busy_poll();
+    let config = FleetConfig { time, started, epoch, budget: Budget::CORE, bridged, busy_poll };
     Ok(Fleet::new(machines, config, Some(logs)))
 }
 

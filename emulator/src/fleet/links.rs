@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering::SeqCst, fence};
+use std::time::Instant;
 
 use crate::fleet::Shared;
 use crate::fleet::worker::WATCHED;
@@ -62,8 +63,12 @@ impl Links for Shared {
         self.call_bridge();
     }
 
-    fn answer_soon(&self) -> bool {
-        self.machines.run_apart() && self.machines.vms() as usize <= WATCHED
+    fn attend(&self, now: Instant) -> Option<Instant> {
+        let span = self.config.busy_poll;
+        let polls = self.machines.run_apart() && self.vms.len() <= WATCHED && !span.is_zero();
+        let until = polls.then(|| now + span)?;
+        self.sched.stay_awake(until);
+        Some(until)
     }
 
     fn is_down(&self, vm: u32) -> bool {

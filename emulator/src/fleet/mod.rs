@@ -3,6 +3,7 @@
 pub mod capacity;
 pub mod clock;
 mod links;
+mod poll;
 pub mod sched;
 mod vm;
 mod worker;
@@ -54,6 +55,9 @@ pub struct FleetConfig {
     pub budget: Budget,
     /// A bridge will take the guests' frames; otherwise they are dropped and counted.
     pub bridged: bool,
+    /// For so long after a packet its answer and the next packet are waited for without sleeping, in fleets of few VMs
+    /// whose machines leave the host's cores alone. Takes two cores meanwhile.
+    pub busy_poll: Duration,
 }
 
 pub(crate) struct Shared {

@@ -5,9 +5,11 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
+use crate::fleet::poll::BusyPoll;
 use crate::sync::lock;
 
 /// Of so many turns, the last goes to a VM that boots or computes, even if freshly woken ones wait.
@@ -74,8 +76,10 @@ struct Inner {
     boot: VecDeque<u32>,
     /// At most one entry a VM, so guests can't make it grow.
     timers: BTreeSet<(Instant, u32)>,
-    /// Workers that wait for work.
+    /// Workers that sleep until there is work.
     idle: usize,
+    /// A worker polls for work.
+    polled: bool,
     /// The timer that an idle worker watches.
     watched: Option<Instant>,
     turns: u32,
@@ -86,12 +90,21 @@ struct Inner {
 pub struct Scheduler {
     /// Each with the number of its first VM; within, VMs are numbered from 0.
     queues: Vec<(u32, Queue)>,
+    poll: BusyPoll,
 }
 
 impl Scheduler {
     /// A scheduler of VMs that are all to be booted. `parts` follow each other from VM 0 on.
     pub fn new(parts: &[Range<u32>]) -> Self {
-        Self { queues: parts.iter().map(|part| (part.start, Queue::new(part.len() as u32))).collect() }
+        Self {
+            queues: parts.iter().map(|part| (part.start, Queue::new(part.len() as u32))).collect(),
+            poll: BusyPoll::default(),
+        }
+    }
+
+    /// Until then one worker of each part looks for work without sleeping. It takes a core each.
+    pub fn stay_awake(&self, until: Instant) {
+        self.poll.extend(until);
     }
 
     fn queue(&self, vm: u32) -> (&Queue, u32) {
@@ -103,7 +116,7 @@ impl Scheduler {
     pub fn take(&self, part: usize, max: usize, turns: &mut Vec<Turn>) -> bool {
         let (first, queue) = &self.queues[part];
         turns.clear();
-        let goes_on = queue.take(max, turns);
+        let goes_on = queue.take(max, turns, &self.poll);
         for turn in turns {
             turn.vm += first;
         }
@@ -178,6 +191,8 @@ impl Scheduler {
 struct Queue {
     inner: Mutex<Inner>,
     work: Condvar,
+    /// Calls of the worker that polls.
+    calls: AtomicU32,
 }
 
 impl Queue {
@@ -199,15 +214,33 @@ impl Queue {
                 boot: (0..vms).collect(),
                 timers: BTreeSet::new(),
                 idle: 0,
+                polled: false,
                 watched: None,
                 turns: 0,
                 stopping: false,
             }),
             work: Condvar::new(),
+            calls: AtomicU32::new(0),
         }
     }
 
-    fn take(&self, max: usize, turns: &mut Vec<Turn>) -> bool {
+    /// Has an idle worker look at the queues.
+    fn call(&self, inner: &Inner) {
+        if inner.polled {
+            self.calls.fetch_add(1, Relaxed);
+        } else if inner.idle > 0 {
+            self.work.notify_one();
+        }
+    }
+
+    /// Waits for a call, without the lock.
+    fn poll(&self, calls: u32, until: Instant) {
+        while self.calls.load(Relaxed) == calls && Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
+
+    fn take(&self, max: usize, turns: &mut Vec<Turn>, poll: &BusyPoll) -> bool {
         let mut inner = lock(&self.inner);
         loop {
             if inner.stopping {
@@ -218,10 +251,20 @@ impl Queue {
             inner.pick(max, turns);
             if !turns.is_empty() {
                 // Others may have to take the rest, or the watch over the next timer.
-                if inner.idle > 0 && (inner.has_work() || inner.unwatched().is_some()) {
-                    self.work.notify_one();
+                if inner.has_work() || inner.unwatched().is_some() {
+                    self.call(&inner);
                 }
                 return true;
+            }
+            if let Some(until) = poll.until(now).filter(|_| !inner.polled) {
+                inner.polled = true;
+                let timer = inner.timers.first().map_or(until, |timer| timer.0);
+                let calls = self.calls.load(Relaxed);
+                drop(inner);
+                self.poll(calls, until.min(timer));
+                inner = lock(&self.inner);
+                inner.polled = false;
+                continue;
             }
             inner.idle += 1;
             if let Some(at) = inner.unwatched() {
@@ -241,8 +284,8 @@ impl Queue {
 
     fn wake(&self, vm: u32) {
         let mut inner = lock(&self.inner);
-        if inner.wake(vm) && inner.idle > 0 {
-            self.work.notify_one();
+        if inner.wake(vm) {
+            self.call(&inner);
         }
     }
 
@@ -284,9 +327,7 @@ impl Queue {
         entry.paused = false;
         if entry.activity == Activity::Sleeping && std::mem::take(&mut entry.pending) {
             inner.enqueue(vm, Class::Fresh);
-            if inner.idle > 0 {
-                self.work.notify_one();
-            }
+            self.call(&inner);
         }
     }
 
@@ -301,9 +342,7 @@ impl Queue {
                 entry.boot_slices = 0;
                 inner.set_timer(vm, None);
                 inner.enqueue(vm, Class::Boot);
-                if inner.idle > 0 {
-                    self.work.notify_one();
-                }
+                self.call(&inner);
             }
             Activity::Running => entry.pending = true,
             Activity::Queued => {}
@@ -320,6 +359,7 @@ impl Queue {
 
     fn stop(&self) {
         lock(&self.inner).stopping = true;
+        self.calls.fetch_add(1, Relaxed);
         self.work.notify_all();
     }
 }

@@ -18,8 +18,6 @@ use super::rewrite::{PacketBuf, Ports, reset_for};
 
 /// Packets taken from the host, and frames from one VM, before others get their turn.
 const TURN: usize = 64;
-/// For so long after a packet to a VM its answer is waited for without sleeping, where answers come soon.
-const SPIN: Duration = Duration::from_micros(1500);
 
 /// Where a capturing transport gets the host's packets from and puts the VMs' packets to. IPv4, without link header.
 pub trait Wire: Send {
@@ -67,7 +65,7 @@ impl Capture {
             stop: stop.clone(),
             woken: woken.clone(),
             dirty: Vec::new(),
-            spins: None,
+            awake: None,
         };
         let thread = std::thread::Builder::new()
             .name(name.into())
@@ -107,8 +105,8 @@ struct Shuttle {
     woken: Arc<AtomicBool>,
     /// VMs that may have frames.
     dirty: Vec<u32>,
-    /// Until then an answer is waited for without sleeping.
-    spins: Option<Instant>,
+    /// Until then nobody sleeps.
+    awake: Option<Instant>,
 }
 
 impl Shuttle {
@@ -122,9 +120,9 @@ impl Shuttle {
             if self.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
-            self.spins = self.spins.filter(|until| Instant::now() < *until);
+            self.awake = self.awake.filter(|until| Instant::now() < *until);
             let at_once = more || !self.dirty.is_empty() || self.woken.load(Ordering::Acquire);
-            let timeout = if at_once || self.spins.is_some() {
+            let timeout = if at_once || self.awake.is_some() {
                 Some(Duration::ZERO)
             } else {
                 self.lan.next_retry().map(|due| due.saturating_duration_since(Instant::now()))
@@ -163,9 +161,9 @@ impl Shuttle {
                     self.refuse(len, packet, Some(vm), Reason::Down)?
                 }
                 Ok((vm, len)) => {
+                    self.awake = self.lan.links().attend(now);
                     self.lan.tap().see(Place::Host, Some(vm), Direction::Out, None, captured);
                     self.lan.send(vm, &frame[..len], now);
-                    self.spins = self.lan.links().answer_soon().then(|| now + SPIN);
                 }
                 Err(reason) => self.refuse(len, packet, None, reason)?,
             }
@@ -192,7 +190,6 @@ impl Shuttle {
         self.lan.links().take_dirty(&mut dirty);
         for vm in dirty.drain(..) {
             self.lan.retry(vm, now);
-            self.spins = None;
             let mut taken = 0;
             while let Ok(to_host) = self.lan.take(vm, frame, now) {
                 if let Some(ip) = to_host {

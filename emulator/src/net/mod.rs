@@ -51,6 +51,7 @@ pub mod user;
 pub mod windivert;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A full mailbox: the frame was not taken. Try again after the VM has run, or drop and count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +72,10 @@ pub trait Links: Send + Sync {
     /// Sets what is called when a VM has sent a frame, or a VM whose mailbox was full has room again. It is called
     /// from worker threads and must return at once (a poller's waker).
     fn set_waker(&self, wake: Arc<dyn Fn() + Send + Sync>);
-    /// Whether an answer to a frame comes so soon, and cores of the host are so idle, that a bridge should not sleep until
-    /// then.
-    fn answer_soon(&self) -> bool {
-        false
+    /// A packet for a VM came. Until when the bridge should wait for the answer, and for more packets, without sleeping:
+    /// answers come soon then, and the host has cores to spare.
+    fn attend(&self, _now: Instant) -> Option<Instant> {
+        None
     }
     /// Whether the VM will never run again (stopped or failed): connections to it should be refused.
     fn is_down(&self, vm: u32) -> bool;

@@ -279,6 +279,7 @@ pub fn config() -> FleetConfig {
         epoch: Instant::now(),
         budget: Budget::CORE,
         bridged: false,
+        busy_poll: Duration::ZERO,
     }
 }
 

@@ -162,13 +162,65 @@ fn busy_vms_do_not_starve_woken_ones_nor_the_other_way_round() {
     assert!(least >= Some(&140) && most <= Some(&170), "woken: {seen:?}");
 }
 
+/// How long it takes `change` to end a take that found nothing, and whether it brought a turn.
+fn ended_by(s: &Arc<Scheduler>, change: impl FnOnce(&Scheduler)) -> (bool, Duration) {
+    let worker = s.clone();
+    let worker = std::thread::spawn(move || (worker.take(0, 1, &mut Vec::new()), Instant::now()));
+    while !lock(&s.queues[0].1.inner).polled {
+        std::thread::yield_now();
+    }
+    let began = Instant::now();
+    change(s);
+    let (goes_on, at) = worker.join().unwrap();
+    (goes_on, at.saturating_duration_since(began))
+}
+
+#[test]
+fn a_worker_that_polls_takes_what_comes() {
+    const LONG: Duration = Duration::from_secs(60);
+    let s = Arc::new(whole(1));
+    let vm = next(&s);
+    s.park(vm, None);
+    s.stay_awake(Instant::now() + LONG);
+    let (goes_on, took) = ended_by(&s, |s| s.wake(vm));
+    assert!(goes_on && took < LONG, "{took:?}");
+    // A timer.
+    s.park(vm, Some(Instant::now() + Duration::from_millis(50)));
+    let (goes_on, took) = ended_by(&s, |_| ());
+    assert!(goes_on && took < LONG, "{took:?}");
+    s.park(vm, None);
+    let (goes_on, took) = ended_by(&s, Scheduler::stop);
+    assert!(!goes_on && took < LONG, "{took:?}");
+}
+
+#[test]
+fn a_worker_sleeps_when_it_has_polled_long_enough() {
+    let s = Arc::new(whole(1));
+    let vm = next(&s);
+    s.park(vm, None);
+    s.stay_awake(Instant::now() + Duration::from_millis(20));
+    let (goes_on, _) = ended_by(&s, |s| {
+        while lock(&s.queues[0].1.inner).idle == 0 {
+            std::thread::yield_now();
+        }
+        s.wake(vm);
+    });
+    assert!(goes_on);
+}
+
 #[test]
 fn no_wake_up_is_lost_under_stress() {
+    no_wake_up_is_lost(&Arc::new(whole(8)));
+    let s = Arc::new(whole(8));
+    s.stay_awake(Instant::now() + Duration::from_secs(60));
+    no_wake_up_is_lost(&s);
+}
+
+fn no_wake_up_is_lost(s: &Arc<Scheduler>) {
     // Producers bump a VM's counter and wake it; the worker reads the counter at the start of the slice and parks.
     // If a wake-up is lost, the last value is never seen.
     const VMS: u32 = 8;
     const ROUNDS: u64 = 20_000;
-    let s = Arc::new(whole(VMS));
     let sent: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
     let seen: Arc<Vec<AtomicU64>> = Arc::new((0..VMS).map(|_| AtomicU64::new(0)).collect());
     let inside: Arc<Vec<AtomicBool>> = Arc::new((0..VMS).map(|_| AtomicBool::new(false)).collect());
