@@ -127,6 +127,7 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
         const SlotPlace slot = VM_LANES == 32 ? slot_place_of_warp(own) : slot_place(own);
         const u64 frames = read_through(&own->frames), index = read_through(&own->index),
                   traces = read_through(&own->traces);
+        TraceLane ahead = {0, 0, 0, 0}; // of the trace that follows
         for (;;) {
             u32 trace = next - 1, page = PAGE_OF(pc);
             if (next == 0) {
@@ -139,19 +140,22 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                     leave = LEAVE_TRACE;
                     if (VM_LANES == 32) break;
                 }
+                if (VM_LANES == 32) ahead = load_lane(lane_place(traces, trace, member));
             }
             if (VM_LANES < 32) {
                 leave = group_shuffle(leave, 0), trace = group_shuffle(trace, 0);
                 if (UNLIKELY(warp_any(leave != LEAVE_NOT))) break;
+                ahead = load_lane(lane_place(traces, trace, member));
             }
-            const TraceLane t = load_lane(traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane));
+            const TraceLane t = ahead;
             u32 op = t.op, more = t.more;
             slot_write(slot, PAGE_SLOT * 4, page);
             warp_sync();
             const u32 first = byte_of<1>(op), second = byte_of<2>(op);
             u32 a = slot_read(slot, first), b = slot_read(slot, second);
             u32 here = page + t.at, lane_page = PAGE_OF(here); // how the trace ends, if it is left here
-            const u32 kind = op & 7;
+            const u32 kind = op & 7, last_write = more >> 27, written = more & 31u << 2,
+                      slow = kind == T_SLOW ? t.imm : 0;
             // The trace that follows if it is left at this lane, where the lane's page itself says so.
             bool ends = VM_LANES < 32 && (here & 3) == END_BEHIND; // the last lane of all
             u32 onward = ends ? (here & (FRAME_BYTES - 4)) + 4 : t.imm;
@@ -160,34 +164,34 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
             // What this lane does in which round.
             const u32 sign = byte_sign<0>(op) | 1, either = byte_sign<0>(more), factor = (u32)((i32)op >> 30);
             u32 work = 1u << (more >> 22 & 31), levels = lane_rest(op, work, either, 0);
-            // The lane at which the trace is left, and whether that is before its instruction.
-            u32 n = first_of(group_ballot((kind >= T_JUMP) | ends));
-            bool stops = left <= n, turns = false;
-            if (UNLIKELY(stops)) {
-                n = left;
-                if (member >= n) work = levels = 0;
-            }
-            if (warp_any(has(more, LANE_ELSEWHERE))) { // in part on other pages: are they still there?
-                FetchEntry fetch = cached_fetch(slot, here);
-                u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
-                bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == text);
-                bool gone = (more & LANE_ELSEWHERE) & !same;
-                if (UNLIKELY(warp_any(gone))) {
-                    u32 from = first_of(group_ballot(gone));
-                    if (gone) here &= ~3u;
-                    if (from <= n) {
-                        n = from, stops = true;
-                        if (member >= n) work = levels = 0;
-                    }
-                }
-            }
             // What all lanes do. They are asked once, and again if the trace is left earlier; so all branches
             // of a round are uniform, and are decided early.
             u32 round = warp_or(work) | ROUND_TOP, rest = warp_or(levels);
+            // The lane at which the trace is left, and whether that is before its instruction.
+            u32 n = first_of(group_ballot((kind >= T_JUMP) | ends));
+            bool stops = left <= n, turns = false;
+            bool elsewhere = has(more, LANE_ELSEWHERE); // on another page: is it still there?
+            if (warp_any(elsewhere | stops)) {
+                if (stops) n = left;
+                FetchEntry fetch = cached_fetch(slot, here);
+                u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
+                bool same = (fetch.tag == (lane_page | mode)) & (fetch.text == text);
+                bool gone = elsewhere & !same;
+                if (gone) here &= ~3u;
+                if (UNLIKELY(warp_any(gone | stops))) {
+                    warp_together(); // so that the compiler makes this a branch
+                    u32 from = first_of(group_ballot(gone));
+                    if (from <= n) n = from, stops = true;
+                    if (stops && member >= n) work = levels = 0;
+                    round = warp_or(work) | ROUND_TOP, rest = warp_or(levels);
+                }
+            }
             const u32 number = op >> 24 & 15;
             const bool simple = (op & (7u | 15u << 24)) == T_ALU;
             u32 value = (VM_LANES < 32 ? here & ~3u : here) + 4; // of jumps: the link
             do {
+                // Asked early: from a question to the branch is a while.
+                bool branches = round & ROUND_BRANCH;
                 // Before the first round it brings nothing that counts; but so the loop has one end, and the
                 // compiler makes one copy of it.
                 u32 made_a = group_shuffle(value, first), made_b = group_shuffle(value, second);
@@ -201,7 +205,7 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                     u32 other = lane_other(number, a, operand); // of lanes without one it means nothing
                     if (work & ROUND_OTHER) value = other;
                 }
-                if (round & ROUND_BRANCH) {
+                if (branches) {
                     u32 with = has(op, LANE_RETURNS) ? operand : b;
                     bool leaves = has(work, ROUND_BRANCH) & lane_leaves(op, a, with, sign, either);
                     if (warp_any(leaves)) {
@@ -223,7 +227,10 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                     // Aligned, on that page, in that mode; and may be written.
                     u32 differs = entry.tag ^ ((va & (~(FRAME_BYTES - 1) | number)) | mode | TAG_WRITABLE);
                     if (!stores) differs &= ~TAG_WRITABLE;
-                    bool misses = accesses & (differs != 0);
+                    bool at_hand = differs == 0, misses = accesses & !at_hand;
+                    // What lanes load that turn out to be too far is lost, and does no harm.
+                    u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
+                    load_to(value, at_hand & has(work, ROUND_LOAD), host & ~3ull);
                     if (UNLIKELY(warp_any(misses))) {
                         // All before that lane happens, some of it in a later round. If that could still lead
                         // elsewhere, the lane waits to be the first of another trace.
@@ -245,14 +252,10 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                         levels = lane_rest(op, work, either, past);
                         round = warp_or(work) | ROUND_TOP >> past, rest = warp_or(member <= n ? levels : 0);
                     }
-                    u64 host = (frames + (u64)entry.frame * FRAME_BYTES) | va % FRAME_BYTES;
-                    bool at_hand = differs == 0;
-                    bool loads = at_hand & has(work & ~either, ROUND_LOAD);
-                    u32 word = load_if(loads, host);
-                    if (loads) value = word;
-                    if (rest & REST_LOAD_PART)
-                        load_part_to(value, at_hand & has(work & either, ROUND_LOAD), host, number,
-                                     op & LANE_SIGNED);
+                    if (rest & REST_LOAD_PART) {
+                        u32 part = part_of(value, va, number, op & LANE_SIGNED);
+                        if (has(work & either, ROUND_LOAD)) value = part;
+                    }
                     if (round & ROUND_STORE) {
                         warp_sync();
                         store_if(at_hand & has(work & ~either, ROUND_STORE), host, b);
@@ -275,10 +278,13 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                 if (here & END_BEHIND) here &= ~3u;
             }
             if (!behind) target = here;
-            bool mine = member == n;
+            const bool mine = member == n;
             if (VM_LANES == 32) {
-                target = warp_or(mine ? target : 0);
                 next = warp_or(mine && !stops ? follows : 0);
+                // On its way while the rest is done, which does without what the lanes had loaded. If none is known,
+                // trace 0, which nobody needs.
+                ahead = load_lane(lane_place(traces, next - 1 < BUSY - 1 ? next - 1 : 0, member));
+                target = warp_or(mine ? target : 0);
             } else {
                 target = group_shuffle(target, n);
                 next = group_shuffle(stops ? 0 : follows, n);
@@ -286,19 +292,21 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
             u32 counted = n + (target & ~(target >> 1) & END_BEHIND);
             warp_sync(); // all have read their operands
             // Those that no other one writes again.
-            slot_write_if(counted - 1 - member < more >> 27, slot, more & 31u << 2, value);
+            slot_write_if(counted - 1 - member < last_write, slot, written, value);
             left -= counted;
             // Now and then: was that the way that was to be expected?
             bool looks = left * 0x9E3779B9u + warp_seed() < lessons;
             if (VM_LANES < 32) looks &= !over; // trace 0 is nobody's
             if (VM_LANES == 32 ? looks | (next == BUSY) : warp_any(looks | (next == BUSY))) {
                 if (next == BUSY) next = 0;
+                u64 place = lane_place(traces, trace, member);
+                const TraceLane was = load_lane(place);
+                const u32 op = was.op, more = was.more, kind = op & 7;
                 bool last_lane = VM_LANES < 32 && member == VM_LANES - 1; // whose way on is never taken
                 bool left_here = mine & !stops & !last_lane, branch = kind == T_BRANCH;
                 bool returns = (branch || kind == T_JALR) && has(op, LANE_RETURNS | LANE_OPEN);
                 bool learns =
-                    left_here & (returns | ((kind == T_JUMP || kind == T_EXIT) & (t.imm >= FRAME_BYTES)));
-                u64 place = traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane);
+                    left_here & (returns | ((kind == T_JUMP || kind == T_EXIT) & (was.imm >= FRAME_BYTES)));
                 if (looks & branch & (left_here | (member < n))) {
                     learns = left_here & ((op & LANE_DOUBT) == LANE_DOUBT);
                     u32 doubt = left_here ? op + LANE_DOUBT_ONE : op - LANE_DOUBT_ONE;
@@ -307,7 +315,7 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                 store_if(looks & (member == 0) & !(more & LANE_USED), place + 12, more | LANE_USED);
                 if (looks & learns) {
                     u32 text = (more & LANE_TEXT_MASK) >> LANE_TEXT_SHIFT;
-                    u32 what = t.imm - 4 != (here & (FRAME_BYTES - 4)) ? LEARN_TAKEN : 0;
+                    u32 what = was.imm - 4 != (here & (FRAME_BYTES - 4)) ? LEARN_TAKEN : 0;
                     if (!branch) what = LEARN_PAGE;
                     if (returns) what = LEARN_TARGET;
                     slot_note(slot, SLOT_NOTE(own, learn_to), (target & ~3u) - PAGE_OF(here));
@@ -332,7 +340,7 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
                 u32 stays = VM_LANES == 32 ? warp_or(mine ? here & ~3u : 0) : group_shuffle(here & ~3u, n);
                 if ((target & 3) == (END_STEP | END_BEHIND)) pc = stays;
                 if (leaves) leave = left == 0 ? LEAVE_LIMIT : LEAVE_STEP;
-                if (VM_LANES == 32) insn = warp_or(mine && kind == T_SLOW && left ? t.imm : 0);
+                if (VM_LANES == 32) insn = warp_or(mine && left ? slow : 0);
             }
             if (VM_LANES < 32 && over) leave = LEAVE_NOT, next = 1;
             if (UNLIKELY(VM_LANES == 32 ? leave : warp_any(leave != LEAVE_NOT))) break;

@@ -144,6 +144,11 @@ FN TraceLane load_lane(u64 address) {
     return t;
 }
 
+// Where a lane's part of a trace is.
+FN u64 lane_place(u64 traces, u32 trace, u32 member) {
+    return traces + (u64)(trace * VM_LANES + member) * (u32)sizeof(TraceLane);
+}
+
 // Decoded code of one page.
 struct Text {
     u32 words[TEXT_WORDS]; // what the page said

@@ -195,15 +195,11 @@ FN void store_if(bool take, u64 address, u32 value) {
                  : "memory");
 }
 // Of less than a word: bytes, or two of them.
-FN void load_part_to(u32 &word, bool take, u64 address, bool two, bool is_signed) {
-    asm volatile("{ .reg .pred p, q, r; setp.ne.u32 p, %1, 0; setp.eq.and.u32 q, %3, 0, p; setp.ne.and.u32 "
-                 "p, %3, 0, p;"
-                 "setp.ne.and.u32 r, %4, 0, q; @r ld.global.s8 %0, [%2];"
-                 "setp.eq.and.u32 r, %4, 0, q; @r ld.global.u8 %0, [%2];"
-                 "setp.ne.and.u32 r, %4, 0, p; @r ld.global.s16 %0, [%2];"
-                 "setp.eq.and.u32 r, %4, 0, p; @r ld.global.u16 %0, [%2]; }"
+// A word for lanes that take part; the others keep theirs.
+FN void load_to(u32 &word, bool take, u64 address) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.u32 %0, [%2]; }"
                  : "+r"(word)
-                 : "r"((u32)take), "l"(address), "r"((u32)two), "r"((u32)is_signed)
+                 : "r"((u32)take), "l"(address)
                  : "memory");
 }
 FN void store_part_if(bool take, u64 address, bool two, u32 value) {
@@ -260,11 +256,8 @@ FN u32 load_if(bool take, u64 address) { return take ? load_word(address) : 0; }
 FN void store_if(bool take, u64 address, u32 value) {
     if (take) *(volatile u32 *)(uintptr_t)address = value;
 }
-FN void load_part_to(u32 &word, bool take, u64 address, bool two, bool is_signed) {
-    if (!take) return;
-    u32 part = two ? *(const volatile u16 *)(uintptr_t)address : *(const volatile u8 *)(uintptr_t)address;
-    u32 sign = two ? 0x8000u : 0x80u;
-    word = is_signed ? (part ^ sign) - sign : part;
+FN void load_to(u32 &word, bool take, u64 address) {
+    if (take) word = load_word(address);
 }
 FN void store_part_if(bool take, u64 address, bool two, u32 value) {
     if (!take) return;
@@ -274,6 +267,12 @@ FN void store_part_if(bool take, u64 address, bool two, u32 value) {
         *(volatile u8 *)(uintptr_t)address = (u8)value;
 }
 #endif
+
+// The byte, or two bytes, at `va` of the word that they are in.
+FN u32 part_of(u32 word, u32 va, bool two, bool is_signed) {
+    u32 unused = two ? 16 : 24, top = word << (unused - (va & 3) * 8);
+    return is_signed ? (u32)((i32)top >> unused) : top >> unused;
+}
 
 FN u32 warp_max(u32 value) {
 #if MACHINE_GPU && __CUDA_ARCH__ >= 800
