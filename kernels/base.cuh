@@ -45,16 +45,7 @@ typedef long long i64;
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
 
-// Words that host and machine share; to peek says nothing of what else the other side has written.
-FN u32 shared_peek(const u32 *word) {
-#if MACHINE_GPU
-    u32 value;
-    asm volatile("ld.relaxed.sys.u32 %0, [%1];" : "=r"(value) : "l"(word));
-    return value;
-#else
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
-#endif
-}
+// Words that host and machine share.
 FN u32 shared_load(const u32 *word) {
 #if MACHINE_GPU
     u32 value;

@@ -281,8 +281,8 @@ FN void warp_slices(VmSlot *slots, u32 lessons) {
             const bool mine = member == n;
             if (VM_LANES == 32) {
                 next = warp_or(mine && !stops ? follows : 0);
-                // On its way while the rest is done, which does without what the lanes had loaded. If none is known,
-                // trace 0, which nobody needs.
+                // On its way while the rest is done, which does without what the lanes had loaded. If none is
+                // known, trace 0, which nobody needs.
                 ahead = load_lane(lane_place(traces, next - 1 < BUSY - 1 ? next - 1 : 0, member));
                 target = warp_or(mine ? target : 0);
             } else {

@@ -8,11 +8,11 @@
 // As a slice begins.
 FN void rings_open(Machine &m) {
     const Rings &there = m.mail->rings;
-    Rings seen; // all on their way before the first is waited for
-    seen.out_head = shared_peek(&there.out_head), seen.out_tail = shared_peek(&there.out_tail);
-    seen.in_head = shared_peek(&there.in_head), seen.in_tail = shared_peek(&there.in_tail);
-    seen.rx_head = shared_peek(&there.rx_head), seen.rx_tail = shared_peek(&there.rx_tail);
-    seen.tx_head = shared_peek(&there.tx_head), seen.tx_tail = shared_peek(&there.tx_tail);
+    Rings seen;
+    seen.out_head = shared_load(&there.out_head), seen.out_tail = shared_load(&there.out_tail);
+    seen.in_head = shared_load(&there.in_head), seen.in_tail = shared_load(&there.in_tail);
+    seen.rx_head = shared_load(&there.rx_head), seen.rx_tail = shared_load(&there.rx_tail);
+    seen.tx_head = shared_load(&there.tx_head), seen.tx_tail = shared_load(&there.tx_tail);
     m.vm->rings = seen;
 }
 

@@ -95,7 +95,8 @@ SLOW u32 take_turn(Machine &m, u64 slice_end) {
 #define REAL_TICKS_PER_STEP 64
 #define REAL_TIME_SHIFT 3
 
-SLOW void slice_begin(Machine &m, const SliceRequest &request) {
+// The mailbox's indices were looked at just now.
+SLOW void slice_open(Machine &m, const SliceRequest &request) {
     Hart &h = m.vm->hart;
     if (h.time_mode != request.time_mode) {
         u64 now = guest_ticks(h);
@@ -110,8 +111,12 @@ SLOW void slice_begin(Machine &m, const SliceRequest &request) {
         advance_time(m, limit);
     }
     m.events = 0;
-    rings_open(m);
     devices_poll(m);
+}
+
+SLOW void slice_begin(Machine &m, const SliceRequest &request) {
+    rings_open(m);
+    slice_open(m, request);
 }
 
 SLOW void slice_end(Machine &m, u64 steps_before, SliceResult &result) {

@@ -78,7 +78,9 @@ FN void translations_load(VmSlot *slot) {
     const u64 *saved = slot->saved;
     u64 last = saved ? saved[SAVED_WORDS - 1] : 0;
     if ((u32)last != saved_epoch(slot)) return forget_all(slot);
-    constexpr u32 AT_ONCE = SAVED_WORDS > 192 ? 6 : 3; // on their way before the first is waited for
+    constexpr u32 AT_ONCE = SAVED_WORDS > 384   ? 12
+                            : SAVED_WORDS > 192 ? 6
+                                                : 3; // on their way before the first is waited for
     static_assert((SAVED_WORDS - 1) % (32 * AT_ONCE) == 0, "all lanes load as many");
     u64 *words = (u64 *)slot;
     for (u32 i = warp_lane(); i < SAVED_WORDS - 1; i += 32 * AT_ONCE) {

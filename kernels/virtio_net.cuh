@@ -197,13 +197,19 @@ FN bool net_receive_all(Machine &m) {
     return true;
 }
 
-SLOW void net_receive(Machine &m) {
+// What was there when the mailbox's index was looked at last.
+SLOW void net_take(Machine &m) {
     Rings &rings = m.vm->rings;
     if (!net_running(m.vm->net, RXQ)) return;
-    rings.rx_head = shared_load(&m.mail->rings.rx_head);
     u32 before = rings.rx_tail;
     if (!net_receive_all(m)) net_broken(m);
     if (rings.rx_tail != before) shared_store(&m.mail->rings.rx_tail, rings.rx_tail);
+}
+
+FN void net_receive(Machine &m) {
+    if (!net_running(m.vm->net, RXQ)) return;
+    m.vm->rings.rx_head = shared_load(&m.mail->rings.rx_head);
+    net_take(m);
 }
 
 FN void net_reset(VirtioNet &n) {
@@ -316,5 +322,5 @@ SLOW void net_write(Machine &m, u32 offset, u32 value) {
 
 SLOW void net_poll(Machine &m) {
     if (m.vm->net.tx_stalled) net_transmit(m);
-    if (m.vm->rings.rx_tail != m.vm->rings.rx_head) net_receive(m);
+    if (m.vm->rings.rx_tail != m.vm->rings.rx_head) net_take(m);
 }

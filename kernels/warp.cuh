@@ -179,6 +179,11 @@ FN u32 load_word(u64 address) {
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
     return word;
 }
+FN u64 load_long(u64 address) {
+    u64 word;
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
+    return word;
+}
 // Words for lanes that take part, without a branch; 0 for the others.
 FN u32 load_if(bool take, u64 address) {
     u32 word;
@@ -194,7 +199,6 @@ FN void store_if(bool take, u64 address, u32 value) {
                  : "r"((u32)take), "l"(address), "r"(value)
                  : "memory");
 }
-// Of less than a word: bytes, or two of them.
 // A word for lanes that take part; the others keep theirs.
 FN void load_to(u32 &word, bool take, u64 address) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.u32 %0, [%2]; }"
@@ -252,6 +256,7 @@ FN void slot_write_if(bool take, SlotPlace slot, u32 offset, u32 value) {
 }
 FN void slot_note(SlotPlace slot, u32 where, u32 value) { ((volatile u32 *)slot)[where / 4] = value; }
 FN u32 load_word(u64 address) { return *(const volatile u32 *)(uintptr_t)address; }
+FN u64 load_long(u64 address) { return *(const volatile u64 *)(uintptr_t)address; }
 FN u32 load_if(bool take, u64 address) { return take ? load_word(address) : 0; }
 FN void store_if(bool take, u64 address, u32 value) {
     if (take) *(volatile u32 *)(uintptr_t)address = value;

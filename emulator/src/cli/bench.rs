@@ -326,8 +326,14 @@ fn open(case: &Case, bridge: Option<&mut UserBridge>, started: Instant) -> Resul
         eprintln!("{}", note.trim_start());
     }
     let time = if bridge.is_some() { TimeMode::Real } else { TimeMode::Virtual };
-    let config =
-        FleetConfig { time, started, epoch: started, budget: Budget::CORE, bridged: bridge.is_some(), busy_poll: Duration::ZERO };
+    let config = FleetConfig {
+        time,
+        started,
+        epoch: started,
+        budget: Budget::CORE,
+        bridged: bridge.is_some(),
+        busy_poll: Duration::ZERO,
+    };
     let fleet = Fleet::new(machines, config, None);
     let facts =
         Facts { backend: fleet.backend(), engine: fleet.engine(), device, driver, registers, kept_code };
