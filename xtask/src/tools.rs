@@ -28,22 +28,35 @@ impl Tools {
     }
 
     fn install(&self, package: &str) -> Result<(), String> {
-        if !self.install || !rustix::process::geteuid().is_root() {
+        if !self.may_install() {
             return Err(format!("run: sudo apt-get install {package}"));
         }
         if !self.quiet {
             println!("install {package}");
         }
         let _apt = host::apt_lock();
-        let apt = |words: &[&str]| {
-            let mut command = Command::new("apt-get");
-            command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
-            command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
-            quietly(command, Duration::from_secs(600))
-        };
         let install = ["install", "--no-install-recommends", package];
         // A fresh machine's lists are empty, an old one's out of date.
         apt(&install).or_else(|_| apt(&["update"]).and_then(|()| apt(&install)))
+    }
+
+    /// Brings packages that are installed to their newest version: lists that were out of date, or had no security updates,
+    /// may have led to an old one.
+    pub fn renew(&self, packages: &[&str]) -> Result<(), String> {
+        let names = packages.join(" ");
+        if !self.may_install() {
+            return Err(format!("run: sudo apt-get update && sudo apt-get install --only-upgrade {names}"));
+        }
+        if !self.quiet {
+            println!("update  {names}");
+        }
+        let _apt = host::apt_lock();
+        apt(&["update"])?;
+        apt(&[&["install", "--no-install-recommends", "--only-upgrade"], packages].concat())
+    }
+
+    fn may_install(&self) -> bool {
+        self.install && rustix::process::geteuid().is_root()
     }
 
     /// A file of the system, from a package.
@@ -92,6 +105,13 @@ impl Tools {
         }
         if path.is_file() { Ok(path) } else { Err(format!("{requirement} has no file {file}")) }
     }
+}
+
+fn apt(words: &[&str]) -> Result<(), String> {
+    let mut command = Command::new("apt-get");
+    command.args(["-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(words);
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+    quietly(command, Duration::from_secs(600))
 }
 
 /// A program in a package from PyPI: as data, it may have lost its mode.
@@ -164,5 +184,6 @@ mod tests {
         );
         assert!(tools.python("some/file", "some==1").unwrap_err().contains("some==1"));
         assert!(tools.package("sh", "dash").is_ok());
+        assert!(tools.renew(&["one", "two"]).unwrap_err().contains("--only-upgrade one two"));
     }
 }
